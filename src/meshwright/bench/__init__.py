@@ -1,0 +1,1 @@
+"""Timed pieces, and the records that they leave."""

@@ -1,0 +1,188 @@
+"""Which layouts are legal for a model and a batch, and why the others are not.
+
+Every broken rule is returned at once, with its numbers and the nearest legal values. A model that does not fit in
+memory, an axis that crosses hosts, or more devices than the cluster has are not violations: commands report them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from meshwright.config.tree import AXES, Cluster, Job, Layout, Model, Training
+from meshwright.errors import UserError
+
+UNAVAILABLE = ("shard", "ring", "ulysses", "pipeline")
+"""Axes that the tree names and no command runs yet."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken rule; `rule` is stable, `message` is for people."""
+
+    rule: str
+    message: str
+
+
+def violations(layout: Layout, model: Model, cluster: Cluster, training: Training) -> list[Violation]:
+    """All rules that a layout breaks. `cluster` breaks none by itself; it is part of the question."""
+    found = [*_unavailable(layout), *_split_of_mlp(layout, model), *_split_of_tokens(layout, training)]
+    if model.block == "decoder":
+        found += [*_shape_of_attention(model), *_split_of_attention(layout, model)]
+    return found
+
+
+def require_legal(job: Job) -> None:
+    """Raise `UserError` with a line for each violation of a job."""
+    if found := violations(job.layout, job.model, job.cluster, job.training):
+        raise UserError("\n".join(violation.message for violation in found))
+
+
+def complete_world(layout: Layout, world: int, typed: set[str]) -> Layout:
+    """The layout for `--world N`: `replicate` takes what the other degrees leave, unless it was `typed` itself."""
+    others = layout.world // layout.replicate
+    if world >= 1 and world % others == 0 and "replicate" not in typed:
+        return replace(layout, replicate=world // others)
+    if layout.world == world:
+        return layout
+    if "replicate" in typed:
+        raise UserError(
+            f"--world {world} is not the product of the degrees, {_product(layout)} = {layout.world}: "
+            f"use --world {layout.world}, or leave out layout.replicate"
+        )
+    raise UserError(
+        f"--world {world} is not divisible by {_product(replace(layout, replicate=1))} = {others}, the product of the "
+        f"degrees other than replicate: use {_listed(_near_multiples(others, world))}"
+    )
+
+
+def check_processes(layout: Layout, processes: int) -> None:
+    """`--processes N` must be the product of the degrees."""
+    if processes != layout.world:
+        raise UserError(
+            f"--processes {processes} is not the product of the degrees, {_product(layout)} = {layout.world}: "
+            f"use --processes {layout.world}, or change a degree"
+        )
+
+
+def _unavailable(layout: Layout) -> Iterator[Violation]:
+    above = [axis for axis in UNAVAILABLE if layout.degree(axis) > 1]
+    if above:
+        degrees = _listed((f"layout.{axis} = {layout.degree(axis)}" for axis in above), "and")
+        verb, what = ("is", "it") if len(above) == 1 else ("are", "each of them")
+        yield Violation(
+            "available", f"{degrees} {verb} not available yet (only replicate and tensor are): set {what} to 1"
+        )
+
+
+def _shape_of_attention(model: Model) -> Iterator[Violation]:
+    if model.heads % model.kv_heads:
+        legal = _nearest(_divisors(model.heads), model.kv_heads)
+        yield Violation(
+            "grouped_heads",
+            f"model.heads = {model.heads} is not a multiple of model.kv_heads = {model.kv_heads} "
+            f"(each KV head serves the same number of query heads): use kv_heads {_listed(legal)}",
+        )
+    if model.positions == "rope" and model.head_dim % 2:
+        yield Violation(
+            "head_dim",
+            f"model.head_dim = {model.head_dim} is odd (rotary embedding turns pairs of features): "
+            f"use {_listed(_near_multiples(2, model.head_dim))}",
+        )
+
+
+def _split_of_attention(layout: Layout, model: Model) -> Iterator[Violation]:
+    degree = layout.tensor * layout.ulysses
+    legal = _nearest(_head_degrees(layout, model), degree)
+    use = f"use {_listed(legal)}" if layout.ulysses == 1 else f"use a product of {_listed(legal)}"
+    who = _degrees(layout, ("tensor", "ulysses"))
+    if model.heads % degree:
+        yield Violation(
+            "heads",
+            f"{who} does not divide model.heads = {model.heads} (tensor × ulysses must divide the query heads): {use}",
+        )
+    if model.kv_heads % degree and degree % model.kv_heads:
+        yield Violation(
+            "kv_heads",
+            f"{who} neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it "
+            f"(tensor × ulysses must split the KV heads evenly or replicate them): {use}",
+        )
+
+
+def _split_of_mlp(layout: Layout, model: Model) -> Iterator[Violation]:
+    if model.d_ff % layout.tensor:
+        legal = _nearest(_tensor_degrees(layout, model), layout.tensor)
+        yield Violation(
+            "d_ff",
+            f"layout.tensor = {layout.tensor} does not divide model.d_ff = {model.d_ff} "
+            f"(each tensor-parallel rank holds an equal part of the MLP): use {_listed(legal)}",
+        )
+
+
+def _split_of_tokens(layout: Layout, training: Training) -> Iterator[Violation]:
+    parts = layout.batch_ranks * training.accumulation
+    if training.batch % parts:
+        legal = _near_multiples(parts, training.batch)
+        by = _degrees(layout, ("replicate", "shard"), {"training.accumulation": training.accumulation})
+        yield Violation(
+            "batch",
+            f"training.batch = {training.batch} is not divisible by {by} (replicate × shard × accumulation: each rank "
+            f"takes as many sequences in each micro-batch): use a batch of {_listed(legal)}",
+        )
+    parts = layout.ring * layout.ulysses
+    if training.seq_len % parts:
+        legal = _near_multiples(parts, training.seq_len)
+        yield Violation(
+            "sequence",
+            f"training.seq_len = {training.seq_len} is not divisible by {_degrees(layout, ('ring', 'ulysses'))} "
+            f"(ring × ulysses: each rank holds as many tokens): use {_listed(legal)}",
+        )
+
+
+def _head_degrees(layout: Layout, model: Model) -> list[int]:
+    """Legal values of tensor × ulysses; without ulysses, of tensor, which must then divide d_ff as well."""
+    degrees = [d for d in _divisors(model.heads) if model.kv_heads % d == 0 or d % model.kv_heads == 0]
+    return [d for d in degrees if layout.ulysses > 1 or model.d_ff % d == 0]
+
+
+def _tensor_degrees(layout: Layout, model: Model) -> list[int]:
+    """Legal values of tensor alone."""
+    if model.block == "ffn" or layout.ulysses > 1:
+        return _divisors(model.d_ff)
+    return _head_degrees(layout, model)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _nearest(legal: list[int], value: int, keep: int = 4) -> list[int]:
+    """The few values next to `value` (by ratio, as degrees go), in rising order."""
+    return sorted(sorted(legal, key=lambda degree: (max(degree / value, value / degree), degree))[:keep])
+
+
+def _near_multiples(step: int, value: int) -> list[int]:
+    """The multiples of `step` around `value`."""
+    below = value // step * step
+    return [multiple for multiple in (below, below + step) if multiple > 0]
+
+
+def _degrees(layout: Layout, axes: Iterable[str], others: dict[str, int] | None = None) -> str:
+    """`layout.replicate × training.accumulation = 3 × 2 = 6`; factors of 1 are left out, unless all are 1."""
+    factors = {f"layout.{axis}": layout.degree(axis) for axis in axes} | (others or {})
+    shown = {name: degree for name, degree in factors.items() if degree > 1} or dict(list(factors.items())[:1])
+    if len(shown) == 1:
+        return " = ".join(str(part) for part in next(iter(shown.items())))
+    return f"{' × '.join(shown)} = {' × '.join(map(str, shown.values()))} = {math.prod(shown.values())}"
+
+
+def _product(layout: Layout) -> str:
+    """`replicate 2 × tensor 2`."""
+    return " × ".join(f"{axis} {layout.degree(axis)}" for axis in AXES if layout.degree(axis) > 1) or "1"
+
+
+def _listed(values: Iterable[object], last: str = "or") -> str:
+    """`1, 2, 4 or 8`."""
+    *head, tail = [str(value) for value in values]
+    return f"{', '.join(head)} {last} {tail}" if head else tail

@@ -1,0 +1,81 @@
+"""The range of each number in the tree, in one place. What depends on two fields is `legality`'s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, get_args, get_type_hints
+
+from meshwright.config.tree import AXES, Cluster, Device, Job, Training
+
+PRECISIONS = get_args(get_type_hints(Training)["precision"])
+
+_Range = tuple[str, Callable[[float], bool]]
+AT_LEAST_ONE: _Range = ("must be at least 1", lambda value: value >= 1)
+AT_LEAST_ZERO: _Range = ("must be at least 0", lambda value: value >= 0)
+ABOVE_ZERO: _Range = ("must be above 0", lambda value: value > 0)
+FRACTION: _Range = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
+BELOW_ONE: _Range = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+
+_MODEL = {"layers": AT_LEAST_ONE, "d_model": AT_LEAST_ONE, "d_ff": AT_LEAST_ONE}
+_DECODER = {
+    **dict.fromkeys(("heads", "kv_heads", "head_dim", "vocab_size"), AT_LEAST_ONE),
+    **dict.fromkeys(("norm_eps", "rope_theta"), ABOVE_ZERO),
+}
+_TRAINING = {
+    **dict.fromkeys(("batch", "seq_len", "accumulation", "steps", "heldout_sequences"), AT_LEAST_ONE),
+    **dict.fromkeys(("learning_rate", "timeout_seconds"), ABOVE_ZERO),
+    **dict.fromkeys(("seed", "warmup_steps", "weight_decay", "clip_norm", "heldout_every"), AT_LEAST_ZERO),
+    **dict.fromkeys(("beta1", "beta2"), BELOW_ONE),
+    "final_learning_rate": FRACTION,
+}
+_DEVICE = dict.fromkeys(("memory_bytes", "memory_bandwidth"), AT_LEAST_ZERO)
+_LINK = {"latency_seconds": AT_LEAST_ZERO, "bandwidth": ABOVE_ZERO, "links": AT_LEAST_ONE}
+_CLUSTER = {
+    **dict.fromkeys(("hosts", "devices_per_host"), AT_LEAST_ONE),
+    **{f"{tier}.{field}": limit for tier in ("intra", "inter") for field, limit in _LINK.items()},
+}
+
+
+def job_mistakes(job: Job) -> list[str]:
+    """Every number of a job that is out of its range, a line each."""
+    decoder = _DECODER if job.model.block == "decoder" else {}
+    return [
+        *_name_mistakes(job.name),
+        *_mistakes(job.model, "model.", _MODEL | decoder),
+        *_mistakes(job.layout, "layout.", dict.fromkeys(AXES, AT_LEAST_ONE)),
+        *cluster_mistakes(job.cluster, "cluster."),
+        *_mistakes(job.training, "training.", _TRAINING),
+    ]
+
+
+def cluster_mistakes(cluster: Cluster, prefix: str = "") -> list[str]:
+    """The same for a cluster and its device."""
+    return _mistakes(cluster, prefix, _CLUSTER) + device_mistakes(cluster.device, f"{prefix}device.")
+
+
+def device_mistakes(device: Device, prefix: str = "") -> list[str]:
+    """The same for a device. An unknown peak is left out of a file, never written as 0."""
+    lines = _mistakes(device, prefix, _DEVICE)
+    for precision, flops in device.peak_flops.items():
+        path = f"{prefix}peak_flops.{precision}"
+        if precision not in PRECISIONS:
+            lines.append(f"{path} is not a precision: use {' or '.join(PRECISIONS)}")
+        elif not (flops > 0 and math.isfinite(flops)):
+            lines.append(f"{path} = {flops} must be above 0 (leave it out if it is unknown)")
+    return lines
+
+
+def _mistakes(owner: object, prefix: str, ranges: dict[str, _Range]) -> list[str]:
+    values: dict[str, Any] = {path: reduce(getattr, path.split("."), owner) for path in ranges}
+    return [
+        f"{prefix}{path} = {values[path]} {rule}" for path, (rule, holds) in ranges.items() if not holds(values[path])
+    ]
+
+
+def _name_mistakes(name: str) -> list[str]:
+    """The name of a job is the name of its run folder."""
+    if name and name not in (".", "..") and not set(name) & set("/\\\0"):
+        return []
+    return [f'name = "{name}" cannot name a run folder: use letters, digits, dots and dashes']

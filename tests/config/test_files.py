@@ -1,0 +1,186 @@
+"""Files of jobs: exact round trips, strictness, and the messages of each mistake."""
+
+import dataclasses
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright import catalog
+from meshwright.config import tree
+from meshwright.config.files import dump_job, load_cluster, load_device, load_job
+from meshwright.config.values import structure
+from meshwright.errors import UserError
+
+
+def message(function, *arguments):
+    """The text of the UserError that a call raises."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    def write(text, name="job.toml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def anything(kind):
+    """Any value of the type of a field."""
+    if dataclasses.is_dataclass(kind):
+        return st.builds(kind, **{name: anything(inner) for name, inner in typing.get_type_hints(kind).items()})
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), anything(float), max_size=3)
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    return {int: st.integers(), float: finite, bool: st.booleans(), str: text}[kind]
+
+
+@given(anything(tree.Job))
+def test_a_dumped_job_reads_back_equal(job):
+    import tomllib
+
+    assert structure(tomllib.loads(dump_job(job)), tree.Job, "dump") == job
+
+
+@pytest.mark.parametrize("name", catalog.names("models"))
+def test_catalog_jobs_replay(name, job_file):
+    job = load_job(name, [("layout.tensor", "2")])
+    path = job_file(dump_job(job))
+    assert load_job(path) == job
+    assert dump_job(load_job(str(path))) == dump_job(job)
+
+
+def test_a_small_file(job_file):
+    job = load_job(job_file("[model]\nlayers = 2\n[training]\nlearning_rate = 1\nseq_len = 128.0\n", "mine.toml"))
+    assert job.name == job.model.name == "mine"
+    assert job.model.layers == 2
+    assert job.model.d_model == 256
+    assert (job.training.learning_rate, type(job.training.learning_rate)) == (1.0, float)
+    assert (job.training.seq_len, type(job.training.seq_len)) == (128, int)
+    assert job.cluster == load_cluster("laptop")
+
+
+def test_cluster_and_device_files_lie_beside_the_job(job_file):
+    job_file("memory_bytes = 24e9", "card.toml")
+    job_file(
+        'device = "card.toml"\ndevices_per_host = 2\nintra = { bandwidth = 1e9 }\ninter = { bandwidth = 1e8 }',
+        "pair.toml",
+    )
+    job = load_job(job_file('cluster = "pair.toml"'))
+    assert (job.cluster.name, job.cluster.devices) == ("pair", 2)
+    assert (job.cluster.device.name, job.cluster.device.memory_bytes) == ("card", 24_000_000_000)
+
+
+def test_all_mistakes_of_a_file_at_once(job_file):
+    path = job_file(
+        """
+        clutser = "laptop"
+        [model]
+        layers = "four"
+        heads = 2.5
+        kv_heads = true
+        norm = "rms"
+        bias = 1
+        d_modle = 512
+        [training]
+        learning_rate = nan
+        [cluster]
+        intra = 3
+        [cluster.device]
+        peak_flops = { bf16 = "fast" }
+        """
+    )
+    assert message(load_job, path).replace(f"{path}: ", "").splitlines() == [
+        'model.layers = "four" is not a whole number',
+        "model.heads = 2.5 is not a whole number",
+        "model.kv_heads = true is not a whole number",
+        'model.norm = "rms" is not one of rmsnorm, layernorm',
+        "model.bias = 1 is not true or false",
+        "model.d_modle is not a field: did you mean model.d_model?",
+        'cluster.device.peak_flops.bf16 = "fast" is not a number',
+        "cluster.intra = 3 is not a table",
+        "training.learning_rate = nan is not a number",
+        "clutser is not a field: did you mean cluster?",
+    ]
+
+
+def test_all_ranges_at_once(job_file):
+    path = job_file(
+        """
+        name = "a/b"
+        [model]
+        layers = 0
+        vocab_size = -1
+        [layout]
+        tensor = 0
+        [training]
+        batch = 0
+        learning_rate = 0.0
+        beta2 = 1.0
+        [cluster]
+        device = { peak_flops = { bf61 = 1e12, bf16 = 0 } }
+        intra = { bandwidth = 1e9 }
+        """
+    )
+    assert message(load_job, path).splitlines() == [
+        'name = "a/b" cannot name a run folder: use letters, digits, dots and dashes',
+        "model.layers = 0 must be at least 1",
+        "model.vocab_size = -1 must be at least 1",
+        "layout.tensor = 0 must be at least 1",
+        "cluster.inter.bandwidth = 0.0 must be above 0",
+        "cluster.device.peak_flops.bf61 is not a precision: use float32 or bf16",
+        "cluster.device.peak_flops.bf16 = 0.0 must be above 0 (leave it out if it is unknown)",
+        "training.batch = 0 must be at least 1",
+        "training.learning_rate = 0.0 must be above 0",
+        "training.beta2 = 1.0 must be at least 0 and below 1",
+    ]
+
+
+def test_an_unknown_key_without_a_neighbour_names_the_fields(job_file):
+    path = job_file("[layout]\nzzz = 1")
+    assert message(load_job, path) == (
+        f"{path}: layout.zzz is not a field: use one of layout.replicate, layout.shard, layout.ring, layout.ulysses, "
+        "layout.tensor, layout.pipeline, layout.gradients"
+    )
+
+
+def test_names_that_do_not_exist():
+    assert message(load_job, "llama3-8") == (
+        "llama3-8 is neither a file nor in the catalog's models: did you mean llama3-8b?"
+    )
+    assert message(load_job, "zzz.toml") == (
+        "zzz.toml is neither a file nor in the catalog's models: use a TOML file or one of 2.7b, gpt3-175b, large, "
+        "llama2-7b, llama3-405b, llama3-70b, llama3-8b, medium, quickstart, small, smollm-1.7b, xl, xxl-ffn"
+    )
+    assert message(load_cluster, "h100x9") == (
+        "h100x9 is neither a file nor in the catalog's clusters: did you mean h100x8?"
+    )
+    assert message(load_device, "h10") == "h10 is neither a file nor in the catalog's devices: did you mean h100?"
+
+
+def test_files_that_are_no_jobs(job_file, tmp_path):
+    broken = job_file("layers = = 2")
+    assert message(load_job, broken) == f"{broken} is not TOML: Invalid value (at line 1, column 10)"
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe")
+    assert message(load_job, binary).startswith(f"{binary} is not TOML: 'utf-8' codec can't decode byte 0xff")
+    assert message(load_job, tmp_path) == f"{tmp_path} is a run folder, not a file: give {broken}"
+    (tmp_path / "config.json").write_text("{}")
+    assert message(load_job, tmp_path) == (
+        f"{tmp_path} is a folder with a config.json of Hugging Face, which this version does not read: give a TOML file"
+    )
+
+
+def test_the_catalog_wins_over_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert load_job("quickstart").name == "quickstart"

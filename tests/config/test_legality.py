@@ -1,0 +1,159 @@
+"""Every rule of legality: its message word for word, and that its advice is legal."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.config.files import load_job
+from meshwright.config.legality import check_processes, complete_world, require_legal, violations
+from meshwright.config.tree import Layout, Model
+from meshwright.errors import UserError
+
+QUICKSTART = load_job("quickstart")
+
+
+def broken(layout, model=QUICKSTART.model, **training):
+    """Rule → message of everything that a layout breaks."""
+    found = layout.violations(model, QUICKSTART.cluster, replace(QUICKSTART.training, **training))
+    assert len({violation.rule for violation in found}) == len(found)
+    return {violation.rule: violation.message for violation in found}
+
+
+def test_legal_layouts():
+    for layout in (Layout(), Layout(tensor=8), Layout(replicate=4, tensor=2)):
+        assert broken(layout) == {}
+
+
+def test_size_is_not_a_violation():
+    assert broken(Layout(replicate=1024, tensor=8), batch=1024) == {}
+
+
+def test_all_broken_rules_with_the_nearest_legal_values():
+    assert broken(Layout(replicate=3, tensor=3), accumulation=2) == {
+        "heads": "layout.tensor = 3 does not divide model.heads = 8 (tensor × ulysses must divide the query heads): "
+        "use 1, 2, 4 or 8",
+        "kv_heads": "layout.tensor = 3 neither divides model.kv_heads = 4 nor is a multiple of it "
+        "(tensor × ulysses must split the KV heads evenly or replicate them): use 1, 2, 4 or 8",
+        "d_ff": "layout.tensor = 3 does not divide model.d_ff = 704 "
+        "(each tensor-parallel rank holds an equal part of the MLP): use 1, 2, 4 or 8",
+        "batch": "training.batch = 16 is not divisible by layout.replicate × training.accumulation = 3 × 2 = 6 "
+        "(replicate × shard × accumulation: each rank takes as many sequences in each micro-batch): "
+        "use a batch of 12 or 18",
+    }
+
+
+def test_axes_that_are_not_available():
+    assert broken(Layout(shard=2))["available"] == (
+        "layout.shard = 2 is not available yet (only replicate and tensor are): set it to 1"
+    )
+    assert broken(Layout(shard=2, ring=2, ulysses=4, pipeline=2))["available"] == (
+        "layout.shard = 2, layout.ring = 2, layout.ulysses = 4 and layout.pipeline = 2 are not available yet "
+        "(only replicate and tensor are): set each of them to 1"
+    )
+
+
+def test_sequence_and_heads_over_two_axes():
+    found = broken(Layout(ring=3, ulysses=2, tensor=3))
+    assert found["sequence"] == (
+        "training.seq_len = 256 is not divisible by layout.ring × layout.ulysses = 3 × 2 = 6 "
+        "(ring × ulysses: each rank holds as many tokens): use 252 or 258"
+    )
+    assert found["heads"] == (
+        "layout.tensor × layout.ulysses = 3 × 2 = 6 does not divide model.heads = 8 "
+        "(tensor × ulysses must divide the query heads): use a product of 1, 2, 4 or 8"
+    )
+
+
+def test_shape_of_the_model():
+    model = replace(QUICKSTART.model, kv_heads=3, head_dim=33)
+    assert broken(Layout(), model) == {
+        "grouped_heads": "model.heads = 8 is not a multiple of model.kv_heads = 3 "
+        "(each KV head serves the same number of query heads): use kv_heads 1, 2, 4 or 8",
+        "head_dim": "model.head_dim = 33 is odd (rotary embedding turns pairs of features): use 32 or 34",
+    }
+    assert broken(Layout(), replace(QUICKSTART.model, head_dim=33, positions="learned")) == {}
+
+
+def test_more_kv_ranks_than_heads_replicate_them():
+    assert broken(Layout(tensor=8), replace(QUICKSTART.model, kv_heads=2)) == {}
+    model = replace(QUICKSTART.model, heads=12, kv_heads=4, d_ff=768)
+    assert broken(Layout(tensor=6), model) == {
+        "kv_heads": "layout.tensor = 6 neither divides model.kv_heads = 4 nor is a multiple of it "
+        "(tensor × ulysses must split the KV heads evenly or replicate them): use 1, 2, 4 or 12"
+    }
+
+
+def test_models_without_attention_have_no_rules_of_heads():
+    ffn = Model(block="ffn", d_ff=704, heads=8)
+    assert broken(Layout(tensor=11), ffn) == {}
+    assert set(broken(Layout(tensor=3), ffn)) == {"d_ff"}
+
+
+@given(
+    tensor=st.integers(1, 16),
+    heads=st.integers(1, 24),
+    kv_heads=st.integers(1, 24),
+    d_ff=st.integers(1, 1024),
+    block=st.sampled_from(["decoder", "ffn"]),
+)
+def test_the_advised_degrees_are_legal(tensor, heads, kv_heads, d_ff, block):
+    model = Model(block=block, heads=heads, kv_heads=kv_heads, d_ff=d_ff)
+    for rule, text in broken(Layout(tensor=tensor), model).items():
+        for advised in re.findall(r"\d+", text.rpartition(": use ")[2]):
+            if rule == "grouped_heads":
+                assert heads % int(advised) == 0
+            else:
+                assert not {"heads", "kv_heads", "d_ff"} & set(broken(Layout(tensor=int(advised)), model))
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 100))
+def test_the_advised_batches_are_legal(replicate, accumulation, batch):
+    for text in broken(Layout(replicate=replicate), accumulation=accumulation, batch=batch).values():
+        for advised in re.findall(r"\d+", text.rpartition("a batch of ")[2]):
+            assert broken(Layout(replicate=replicate), accumulation=accumulation, batch=int(advised)) == {}
+
+
+def test_require_legal_raises_a_line_for_each_violation():
+    require_legal(QUICKSTART)
+    layout = Layout(tensor=3)
+    with pytest.raises(UserError) as caught:
+        require_legal(replace(QUICKSTART, layout=layout))
+    found = violations(layout, QUICKSTART.model, QUICKSTART.cluster, QUICKSTART.training)
+    assert str(caught.value).splitlines() == [violation.message for violation in found]
+
+
+def refusal(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def test_world_goes_to_replicate_unless_that_was_typed():
+    assert complete_world(Layout(tensor=8), 1024, {"tensor"}) == Layout(replicate=128, tensor=8)
+    assert complete_world(Layout(replicate=4, tensor=8), 8, {"tensor"}) == Layout(tensor=8)
+    assert complete_world(Layout(replicate=2, tensor=2), 4, {"replicate", "tensor"}) == Layout(replicate=2, tensor=2)
+    assert refusal(complete_world, Layout(replicate=2, tensor=2), 8, {"replicate"}) == (
+        "--world 8 is not the product of the degrees, replicate 2 × tensor 2 = 4: "
+        "use --world 4, or leave out layout.replicate"
+    )
+    assert refusal(complete_world, Layout(ring=2, tensor=2), 10, {"tensor"}) == (
+        "--world 10 is not divisible by ring 2 × tensor 2 = 4, the product of the degrees other than replicate: "
+        "use 8 or 12"
+    )
+    assert refusal(complete_world, Layout(tensor=4), 0, {"tensor"}) == (
+        "--world 0 is not divisible by tensor 4 = 4, the product of the degrees other than replicate: use 4"
+    )
+
+
+def test_processes_equal_the_world():
+    check_processes(Layout(replicate=2, tensor=2), 4)
+    assert refusal(check_processes, Layout(replicate=2, tensor=2), 3) == (
+        "--processes 3 is not the product of the degrees, replicate 2 × tensor 2 = 4: "
+        "use --processes 4, or change a degree"
+    )
+    assert refusal(check_processes, Layout(), 2) == (
+        "--processes 2 is not the product of the degrees, 1 = 1: use --processes 1, or change a degree"
+    )
