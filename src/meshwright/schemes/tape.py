@@ -1,0 +1,190 @@
+"""Writing a trace by formula: the pen that the scheme pages share.
+
+A page states, in program order, what appears in memory, what is computed, what is sent and what is freed; sizes come from
+`Sizes`. Nothing is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from meshwright.account import Compute, Event, Issue, Memory, Repeat, Trace, Wait
+from meshwright.config.tree import Layout, Model, Training
+
+FLOAT32 = 4
+INT64 = 8
+FLOAT64 = 8
+BOOL = 1
+
+ITEMSIZES = {"float32": 4, "bf16": 2}
+DTYPE_NAMES = {"float32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A mesh axis as formulas see it: its name in the account and its size."""
+
+    axis: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one rank computes on in one micro-batch.
+
+    B batch   S sequence   E d_model   F d_ff/T   H heads/T   K kv heads of this rank   D head_dim   V vocabulary/T   T tensor
+    """
+
+    B: int
+    S: int
+    E: int
+    F: int
+    H: int
+    K: int
+    D: int
+    V: int
+    T: int
+    precision: str
+    """Compute precision."""
+    device_kind: str
+    """Kind of the job's device: cpu or cuda."""
+
+    @classmethod
+    def of(cls, model: Model, layout: Layout, training: Training) -> Sizes:
+        """The sizes of a legal layout."""
+        T = layout.tensor
+        return cls(
+            B=training.batch // (layout.batch_ranks * training.accumulation),
+            S=training.seq_len // (layout.ring * layout.ulysses),
+            E=model.d_model,
+            F=model.d_ff // T,
+            H=model.heads // T,
+            K=max(1, model.kv_heads // T),
+            D=model.head_dim,
+            V=-(-model.vocab_size // T),
+            T=T,
+            precision=training.precision,
+            device_kind=training.device,
+        )
+
+    @property
+    def N(self) -> int:
+        """Tokens."""
+        return self.B * self.S
+
+    @property
+    def c(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return ITEMSIZES[self.precision]
+
+    @property
+    def dtype(self) -> str:
+        """Name of the compute dtype in the account."""
+        return DTYPE_NAMES[self.precision]
+
+    @property
+    def casts(self) -> bool:
+        """Whether the compute dtype differs from the master dtype."""
+        return self.c != FLOAT32
+
+    @property
+    def tensor(self) -> Group:
+        """The tensor axis."""
+        return Group("tensor", self.T)
+
+    @property
+    def wire_category(self) -> str:
+        """Category of a result that the tensor axis sums in place and nobody saves."""
+        return "communication_buffers" if self.T > 1 else "temporaries"
+
+
+class Tape:
+    """A trace being written. `at` sets site and phase; the other methods append events."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._phase = "forward"
+        self._site = ""
+        self._ticket = 0
+
+    def trace(self) -> Trace:
+        """What was written."""
+        return Trace(tuple(self._events))
+
+    @contextmanager
+    def at(self, site: str | None = None, phase: str | None = None) -> Iterator[None]:
+        """Attribute events inside to a site and a phase; None keeps the outer one."""
+        outer = self._site, self._phase
+        self._site, self._phase = site if site is not None else outer[0], phase or outer[1]
+        yield
+        self._site, self._phase = outer
+
+    @contextmanager
+    def repeat(self, times: int, *, first: int = 0, step: int = 1) -> Iterator[None]:
+        """What is written inside happens `times` times; `*` in its sites counts from `first` by `step`."""
+        outer, self._events = self._events, []
+        yield
+        outer.append(Repeat(times, tuple(self._events), first, step))
+        self._events = outer
+
+    # --- memory ---
+
+    def alloc(self, nbytes: int, category: str = "temporaries") -> None:
+        """A storage appears."""
+        self._events.append(Memory(category, nbytes, self._phase, self._site))
+
+    def free(self, nbytes: int, category: str = "temporaries") -> None:
+        """A storage goes."""
+        self._events.append(Memory(category, -nbytes, self._phase, self._site))
+
+    def save(self, nbytes: int) -> None:
+        """A storage appears that autograd keeps for backward."""
+        self.alloc(nbytes, "saved_activations")
+
+    def release(self, nbytes: int) -> None:
+        """Autograd lets go of it."""
+        self.free(nbytes, "saved_activations")
+
+    @contextmanager
+    def holding(self, nbytes: int, category: str = "temporaries") -> Iterator[None]:
+        """A storage that lives while the block runs."""
+        self.alloc(nbytes, category)
+        yield
+        self.free(nbytes, category)
+
+    # --- computation and communication ---
+
+    def matmul(self, m: int, k: int, n: int, itemsize: int) -> None:
+        """[m, k] @ [k, n]."""
+        self._compute("matmul", 2 * m * k * n, (m * k + k * n + m * n) * itemsize)
+
+    def attention(self, flops: int, nbytes: int) -> None:
+        """The fused attention kernel."""
+        self._compute("attention", flops, nbytes)
+
+    def elementwise(self, nbytes: int) -> None:
+        """Anything bound by memory; bytes are an estimate that nothing compares."""
+        self._compute("elementwise", 0, nbytes)
+
+    def _compute(self, kind: str, flops: int, nbytes: int) -> None:
+        self._events.append(Compute(kind, flops, nbytes, self._phase, self._site))
+
+    def all_reduce(self, group: Group, dtype: str, payload_bytes: int) -> int:
+        """Sum in place over a group. Returns the ticket to `wait` for."""
+        return self._issue("all_reduce", group, dtype, payload_bytes)
+
+    def _issue(self, operation: str, group: Group, dtype: str, payload_bytes: int) -> int:
+        if group.size == 1:
+            return 0
+        self._ticket += 1
+        self._events.append(
+            Issue(operation, group.axis, group.size, dtype, payload_bytes, self._phase, self._site, self._ticket)
+        )
+        return self._ticket
+
+    def wait(self, ticket: int) -> None:
+        """The result of a collective is needed."""
+        if ticket:
+            self._events.append(Wait(ticket, self._phase, self._site))
