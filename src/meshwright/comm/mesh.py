@@ -1,0 +1,99 @@
+"""The world as one rank sees it: its device, its coordinates, and an `Axis` for every mesh axis of its layout.
+
+An `Axis` is one process group with the name it has in the account. Collectives are its methods (`comm.collectives`
+implements them); on an axis of one rank they do nothing and leave no row in the ledger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meshwright.account import UNKNOWN_AXIS, WORLD_AXIS
+from meshwright.comm.collectives import Axis
+from meshwright.config.tree import AXES, Layout
+
+_MESH_PREFIX = "mesh_"
+
+_names: dict[str, str] = {}
+"""Axis names of the groups that `World.create` made, by the group's unique name."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place: rank, layout, device, and its axes by name (each mesh axis, and the flattened gradient group)."""
+
+    rank: int
+    layout: Layout
+    device: torch.device
+    axes: dict[str, Axis] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, layout: Layout, device: torch.device) -> World:
+        """Make the groups of a layout. Collective: every rank of the initialised default group must call it.
+
+        Must be called outside fake tensor mode. Raises ValueError if the layout's world is not the group's.
+        """
+        if layout.world == 1:
+            return cls.single(device)
+        if not dist.is_initialized():
+            raise ValueError(f"a world of {layout.world} ranks needs an initialised process group")
+        if dist.get_world_size() != layout.world:
+            raise ValueError(f"the layout has {layout.world} ranks, the process group {dist.get_world_size()}")
+        degrees = tuple(layout.degree(axis) for axis in AXES)
+        mesh = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
+        axes = {axis: _axis(axis, mesh[axis]) if layout.degree(axis) > 1 else Axis(axis) for axis in AXES}
+        if len(layout.token_axes) > 1:
+            flat = mesh[layout.token_axes]._flatten(layout.gradient_axis)
+            axes[layout.gradient_axis] = _axis(layout.gradient_axis, flat)
+        return cls(dist.get_rank(), layout, device, axes)
+
+    @classmethod
+    def single(cls, device: torch.device) -> World:
+        """One device: every axis has one rank, whether or not there is a process group."""
+        return cls(0, Layout(), device, {axis: Axis(axis) for axis in AXES})
+
+    @property
+    def gradient_axis(self) -> Axis:
+        """The axis over which gradients, losses and token counts are summed: the gradient group."""
+        return self.axes[self.layout.gradient_axis or "replicate"]
+
+    def neighbours(self, axis: str, size: int) -> Axis:
+        """The subgroup of `size` consecutive ranks of `axis` that this rank is in; keeps the axis's name.
+
+        Collective over the whole world. Only `tensor`, the innermost axis, has consecutive ranks.
+        """
+        assert axis == "tensor" and self.layout.degree(axis) % size == 0, (axis, size)
+        key = f"{axis}/{size}"
+        if key not in self.axes:
+            if size in (1, self.layout.degree(axis)):
+                self.axes[key] = self.axes[axis] if size > 1 else Axis(axis)
+            else:
+                group, _ = dist.new_subgroups(size)
+                _names[group.group_name] = axis
+                self.axes[key] = Axis(axis, size, dist.get_rank(group), group)
+        return self.axes[key]
+
+
+def _axis(name: str, mesh: DeviceMesh) -> Axis:
+    group = mesh.get_group()
+    _names[group.group_name] = name
+    return Axis(name, group.size(), group.rank(), group)
+
+
+def axis_name(group: dist.ProcessGroup) -> str:
+    """The mesh axis of a group: as `World` named it, else as its DeviceMesh did, else `world` or unknown."""
+    if group.group_name in _names:
+        return _names[group.group_name]
+    description = group.group_desc
+    if group is dist.group.WORLD:
+        return WORLD_AXIS
+    return description.removeprefix(_MESH_PREFIX) if description.startswith(_MESH_PREFIX) else UNKNOWN_AXIS
+
+
+def forget_names() -> None:
+    """Drop the names of groups that were destroyed: a new world may reuse them."""
+    _names.clear()

@@ -1,0 +1,71 @@
+"""Who is at work: the site and phase that a collective, or any operation, is attributed to.
+
+Executors enter `scope(site, phase)` around their work, in forward and, with the site they kept, in backward. A recorder
+reads `current()` when an operation reaches it, and is told of issues and waits through `observe`. Per thread, because
+autograd runs CUDA backward passes on threads of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+
+class Scope(NamedTuple):
+    """A module's name, and a phase; None leaves it to the recorder."""
+
+    site: str | None = None
+    phase: str | None = None
+
+
+class Observer(Protocol):
+    """What a recorder implements to learn of the events that no dispatcher sees."""
+
+    def waited(self, pending: Any) -> None:
+        """The program waited for a collective."""
+
+
+_local = threading.local()
+_observers: list[Observer] = []
+
+
+def current() -> Scope:
+    """The innermost scope of this thread."""
+    stack = getattr(_local, "stack", None)
+    return stack[-1] if stack else Scope()
+
+
+@contextmanager
+def scope(site: str | None = None, phase: str | None = None) -> Iterator[None]:
+    """Attribute what happens inside to `site` and `phase`; None keeps the outer one."""
+    outer = current()
+    if not hasattr(_local, "stack"):
+        _local.stack = []
+    _local.stack.append(Scope(outer.site if site is None else site, outer.phase if phase is None else phase))
+    try:
+        yield
+    finally:
+        _local.stack.pop()
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Tell `observer` of every wait inside."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def observed() -> bool:
+    """Whether anybody observes."""
+    return bool(_observers)
+
+
+def notify_wait(pending: Any) -> None:
+    """Tell all observers that a collective was waited for."""
+    for observer in _observers:
+        observer.waited(pending)

@@ -1,0 +1,62 @@
+"""Every private API of torch that the project uses, in one place; tests/comm/test_torch_private.py probes each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils.flop_counter import flop_registry
+
+__all__ = [
+    "FakeStore",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "all_gather_into",
+    "flop_registry",
+    "group_named",
+    "group_of",
+    "in_backward",
+    "is_traceable_wrapper_subclass",
+    "num_references",
+    "reduce_scatter_into",
+    "storage_key",
+    "unset_fake_temporarily",
+]
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is executing a graph on this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def group_of(argument: Any) -> dist.ProcessGroup | None:
+    """The process group inside a `c10d` operator's argument; None if the argument is something else."""
+    if not isinstance(argument, torch.ScriptObject) or "ProcessGroup" not in str(argument._type()):
+        return None
+    return dist.ProcessGroup.unbox(argument)
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group that a functional collective names."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Identity of a storage while it lives."""
+    return storage._cdata
+
+
+def num_references(tensor: torch.Tensor) -> int:
+    """How many hold this tensor, in Python and in C++."""
+    return int(tensor._use_count())
+
+
+# torch 2.13 renamed the two tensor collectives and warns about the old names.
+all_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

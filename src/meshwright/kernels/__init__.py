@@ -1,0 +1,1 @@
+"""What one device computes between collectives: attention, norms, rotary embedding, activations."""

@@ -1,0 +1,1 @@
+"""How each scheme runs: one file per scheme, under the same name as its page in schemes/."""

@@ -1,0 +1,1 @@
+"""Train: the step, the loop around it, its data, optimiser and metrics."""

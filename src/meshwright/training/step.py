@@ -1,0 +1,105 @@
+"""One training step: the same function for training, verification and rehearsal.
+
+It never synchronises with the host (no `.item()`), so it runs on fake tensors and does not stall a GPU. The loss is a sum
+of token losses divided by the number of labelled tokens of the whole global batch: never a mean of means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from meshwright.comm.mesh import World
+from meshwright.comm.scope import scope
+from meshwright.config.tree import Job
+from meshwright.model.build import build, specs_of
+from meshwright.model.decoder import Decoder
+from meshwright.parallel.tensor import IGNORE
+from meshwright.schemes.params import ParamSpec
+from meshwright.training import gradients
+
+STEP_SITE = "step"
+
+
+class Batch(NamedTuple):
+    """This rank's part of the global batch, cut into A micro-batches.
+
+    tokens    [A, B, S] int64
+    labels    [A, B, S] int64, the next token or `IGNORE`
+    positions [S] int64, global
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+
+
+class StepResult(NamedTuple):
+    """Scalar tensors, equal on all ranks."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+@dataclass
+class State:
+    """What a step changes: the model (with persistent gradients) and the optimiser."""
+
+    job: Job
+    model: Decoder
+    specs: tuple[ParamSpec, ...]
+    optimiser: torch.optim.Optimizer
+
+    @classmethod
+    def create(cls, job: Job, world: World, *, float64: bool = False, materialise: bool = True) -> State:
+        """Build and initialise everything that a job needs on this rank."""
+        model = build(job, world, float64=float64, materialise=materialise)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for spec in (specs := specs_of(job)):
+            if spec.partial_over is not None:
+                world.neighbours(*spec.partial_over)  # make the groups now: inside a step it would be too late
+        return cls(job, model, specs, _adamw(job, model, specs))
+
+
+def _adamw(job: Job, model: Decoder, specs: tuple[ParamSpec, ...]) -> torch.optim.Optimizer:
+    """Fused AdamW: no copies of parameters or gradients while it steps."""
+    training = job.training
+    groups = [
+        {
+            "params": [model.get_parameter(spec.name) for spec in specs if spec.decay == decay],
+            "weight_decay": training.weight_decay if decay else 0.0,
+        }
+        for decay in (True, False)
+    ]
+    betas = (training.beta1, training.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.learning_rate, betas=betas, fused=True)
+
+
+def step(state: State, batch: Batch, world: World) -> StepResult:
+    """Forward, backward, gradient synchronisation, clipping, optimiser. Collective over the world."""
+    loss = forward_backward(state, batch, world)
+    grad_norm = gradients.clip(state.model, state.specs, world, state.job.training.clip_norm)
+    state.optimiser.step()
+    return StepResult(loss, grad_norm)
+
+
+def forward_backward(state: State, batch: Batch, world: World) -> torch.Tensor:
+    """Leave the gradients of the mean token loss of the global batch in `.grad`; return that loss."""
+    with scope(STEP_SITE, "forward"):
+        count = (batch.labels != IGNORE).sum()
+        world.gradient_axis.all_reduce(count, site=STEP_SITE).wait()
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        one_over_count = 1.0 / count.to(torch.float64)
+    with scope(STEP_SITE, "backward"):
+        torch._foreach_zero_([p.grad for p in state.model.parameters()])
+    for tokens_BS, labels_BS in zip(batch.tokens, batch.labels, strict=True):
+        loss = state.model(tokens_BS, labels_BS, batch.positions)
+        loss.backward(one_over_count)
+        total += loss.detach()
+        del loss
+    gradients.synchronise(state.model, state.specs, world)
+    world.gradient_axis.all_reduce(total, site=STEP_SITE, phase="forward").wait()
+    return total * one_over_count

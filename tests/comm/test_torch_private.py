@@ -1,0 +1,64 @@
+"""Probes of the private torch APIs: a new torch that changes one fails here, by name."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from meshwright.comm import torch_private
+from meshwright.rehearsal.fake_world import fake_group
+
+
+def test_fake_group_has_any_size() -> None:
+    with fake_group(1024, 1000):
+        assert (dist.get_rank(), dist.get_world_size()) == (1000, 1024)
+        dist.all_reduce(torch.zeros(2))
+
+
+def test_in_backward_is_true_only_inside_the_engine() -> None:
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda gradient: seen.append(torch_private.in_backward()))
+    (x * 2).sum().backward()
+    assert seen == [True] and not torch_private.in_backward()
+
+
+def test_groups_can_be_read_from_operators() -> None:
+    seen = []
+
+    class Mode(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+            seen.extend(g for g in map(torch_private.group_of, args) if g is not None)
+            return func(*args, **(kwargs or {}))
+
+    with fake_group(4, 0), Mode():
+        dist.all_reduce(torch.zeros(1))
+        assert seen == [dist.group.WORLD]
+        assert torch_private.group_named(dist.group.WORLD.group_name) is dist.group.WORLD
+
+
+def test_storages_live_as_long_as_their_last_tensor_real_and_fake() -> None:
+    for mode in (torch_private.FakeTensorMode(), torch.no_grad()):
+        with mode:
+            tensor = torch.zeros(4)
+            key = torch_private.storage_key(tensor.untyped_storage())
+            died: list[int] = []
+            reference = weakref.ref(tensor.untyped_storage(), lambda _, died=died: died.append(1))
+            view = tensor[1:]
+            del tensor
+            assert not died and torch_private.storage_key(view.untyped_storage()) == key
+            del view
+            assert died and reference() is None
+
+
+def test_fake_mode_can_be_left_for_a_moment() -> None:
+    with torch_private.FakeTensorMode():
+        assert isinstance(torch.zeros(1), torch_private.FakeTensor)
+        with torch_private.unset_fake_temporarily():
+            assert not isinstance(torch.zeros(1), torch_private.FakeTensor)
+
+
+def test_flop_registry_knows_matmul() -> None:
+    assert torch_private.flop_registry[torch.ops.aten.mm]((2, 3), (3, 5)) == 2 * 2 * 3 * 5
