@@ -1,0 +1,195 @@
+"""Verify a layout: formula, rehearsal and run of every rank against each other, and the run against one device.
+
+A tensor of the run passes if |g - g64| <= 4·|g1 - g64| + 2⁻²²·scale, with |·| the Euclidean norm, g64 one device in
+float64, g1 one device in the run's precision. The scale of a gradient is |g64| over all parameters (the gradient of a key
+bias is zero in theory, so a plain relative error would judge noise); that of a probe is its own |g64|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from meshwright.account import Difference, StepAccount, diff_ledgers
+from meshwright.config.tree import Job, Layout
+from meshwright.model.build import assemble, specs_of
+from meshwright.schemes.params import ParamSpec
+from meshwright.training.shard import local_sequences
+from meshwright.verify.observe import Observation
+from meshwright.verify.probes import Direction
+from meshwright.verify.report import FirstDifference, GradientReport, VerifyReport
+
+FACTOR = 4.0
+FLOOR = 2.0**-22
+
+_UNIT_ROUNDOFF = {"float32": 2.0**-24, "bf16": 2.0**-9}
+_SPLIT_OVER_VOCABULARY = {("activation", "head"), ("gradient", "loss")}
+
+
+@dataclass(frozen=True)
+class References:
+    """One device in float64, and in the run's precision."""
+
+    exact: Observation
+    same: Observation
+
+
+def reference_job(job: Job) -> Job:
+    """The same job on one device."""
+    return replace(job, layout=Layout())
+
+
+def compare(
+    job: Job,
+    runs: Sequence[Observation],
+    references: References,
+    formula: StepAccount,
+    rehearsals: Sequence[StepAccount],
+) -> VerifyReport:
+    """All that `verify` reports, from what every rank and the references observed."""
+    accounts = [run.account for run in runs if run.account is not None]
+    formula_vs_rehearsal = _ledger_differences([formula] * len(rehearsals), rehearsals)
+    rehearsal_vs_run = _ledger_differences(rehearsals, accounts)
+    loss_error, loss_passes = _compare_losses(job, runs, references)
+    gradients = _compare_gradients(job, runs, references)
+    first = (
+        _first_probe("activation", job, runs, references)
+        or _first_loss(runs, references, loss_passes)
+        or _first_probe("gradient", job, runs, references)
+        or _first_gradient(gradients)
+        or _first_row(formula_vs_rehearsal, rehearsal_vs_run)
+    )
+    rows = {"formula": formula.ledger, "rehearsal": rehearsals[0].ledger, "run": accounts[0].ledger}
+    return VerifyReport(
+        world=job.layout.world,
+        rows={source: len(ledger.rows) for source, ledger in rows.items()},
+        formula_vs_rehearsal=tuple(d for _, d in formula_vs_rehearsal),
+        rehearsal_vs_run=tuple(d for _, d in rehearsal_vs_run),
+        loss_error=loss_error,
+        loss_passes=loss_passes,
+        gradients=gradients,
+        first_difference=first,
+    )
+
+
+# --- ledgers ----------------------------------------------------------------------------------------------------------
+
+
+def _ledger_differences(a: Sequence[StepAccount], b: Sequence[StepAccount]) -> list[tuple[int, Difference]]:
+    return [
+        (rank, difference)
+        for rank, (first, second) in enumerate(zip(a, b, strict=True))
+        for difference in diff_ledgers(first.ledger, second.ledger)
+    ]
+
+
+def _first_row(*differences: list[tuple[int, Difference]]) -> FirstDifference | None:
+    for rank, difference in (pair for pairs in differences for pair in pairs):
+        return FirstDifference("ledger", difference.site, rank, float(abs(difference.first - difference.second)))
+    return None
+
+
+# --- loss and gradients -----------------------------------------------------------------------------------------------
+
+
+def _compare_losses(job: Job, runs: Sequence[Observation], references: References) -> tuple[float, bool]:
+    """Relative error of the loss, and whether it is within a few roundings of the run's precision on every rank."""
+    exact = references.exact.loss
+    error = max(abs(run.loss - exact) for run in runs)
+    roundoff = _UNIT_ROUNDOFF[job.training.precision] * abs(exact)
+    return error / abs(exact), error <= FACTOR * max(abs(references.same.loss - exact), roundoff)
+
+
+def _first_loss(runs: Sequence[Observation], references: References, passes: bool) -> FirstDifference | None:
+    if passes:
+        return None
+    exact = references.exact.loss
+    rank = max(range(len(runs)), key=lambda r: abs(runs[r].loss - exact))
+    allowed = FACTOR * max(abs(references.same.loss - exact), FLOOR * abs(exact))
+    return FirstDifference("loss", "loss", rank, abs(runs[rank].loss - exact) / allowed)
+
+
+def _compare_gradients(job: Job, runs: Sequence[Observation], references: References) -> GradientReport:
+    exact, same = references.exact.gradients, references.same.gradients
+    scale = math.sqrt(sum(_norm(gradient) ** 2 for gradient in exact.values()))
+    failed, worst = [], ("", 0.0)
+    for spec in specs_of(job):
+        full64, full1 = exact[spec.name], same[spec.name]
+        allowed = FACTOR * _norm(full1.double() - full64) + FLOOR * scale
+        error = max(_norm(full.double() - full64) for full in _assembled(spec, job, runs)) / allowed
+        worst = max(worst, (spec.name, error), key=lambda pair: pair[1])
+        if not error <= 1:  # NaN fails
+            failed.append(spec.name)
+    return GradientReport(len(exact), tuple(failed), worst)
+
+
+def _assembled(spec: ParamSpec, job: Job, runs: Sequence[Observation]) -> Iterator[torch.Tensor]:
+    """The full gradient as each set of ranks that hold it together sees it: none may differ."""
+    T = job.layout.tensor
+    for start in range(0, len(runs), T):
+        parts = {rank - start: runs[rank].gradients[spec.name] for rank in range(start, start + T)}
+        if spec.split is None:
+            yield from parts.values()
+        else:
+            for copy in range(spec.split.copies):
+                yield assemble({c: parts[c + copy] for c in range(0, T, spec.split.copies)}, spec)
+
+
+def _first_gradient(gradients: GradientReport) -> FirstDifference | None:
+    if not gradients.failed:
+        return None
+    name = gradients.failed[-1]  # backward meets the last parameter first
+    return FirstDifference("gradient", name, 0, gradients.worst[1])
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def _first_probe(
+    direction: Direction, job: Job, runs: Sequence[Observation], references: References
+) -> FirstDifference | None:
+    """The first module, in the order of the program, at which some rank's probe fails."""
+    exact, same = references.exact.probes.values, references.same.probes.values
+    for key in exact:
+        if key[0] != direction or key[1] == "loss" and direction == "activation":
+            continue
+        errors = [_probe_error(key, job, run, exact[key], same[key]) for run in runs]
+        rank = max(range(len(runs)), key=lambda r: errors[r] if not math.isnan(errors[r]) else math.inf)
+        if not errors[rank] <= 1:
+            return FirstDifference(direction, key[1], rank, errors[rank])
+    return None
+
+
+def _probe_error(
+    key: tuple[Direction, str], job: Job, run: Observation, exact: list[torch.Tensor], same: list[torch.Tensor]
+) -> float:
+    """Largest error over its allowance among the micro-batches; infinite where the run has no such probe."""
+    own = run.probes.values.get(key, [])
+    if len(own) != len(exact):
+        return math.inf
+    per_micro_batch = job.training.batch // job.training.accumulation
+    worst = 0.0
+    for a, sequences in enumerate(local_sequences(job, run.coordinates)):
+        rows = slice(sequences.start - a * per_micro_batch, sequences.stop - a * per_micro_batch)
+        probe, p64, p1 = own[a].cpu(), exact[a][rows], same[a][rows]
+        if key in _SPLIT_OVER_VOCABULARY:
+            start, end = _own_columns(job, run.coordinates["tensor"])
+            probe, p64, p1 = probe[..., : end - start], p64[..., start:end], p1[..., start:end]
+        allowed = FACTOR * _norm(p1.double() - p64) + FLOOR * _norm(p64)
+        error = _norm(probe.double() - p64)
+        if error > 0 or math.isnan(error):
+            worst = max(worst, error / allowed if allowed else math.inf) if not math.isnan(error) else math.inf
+    return worst
+
+
+def _own_columns(job: Job, coordinate: int) -> tuple[int, int]:
+    columns = -(-job.model.vocab_size // job.layout.tensor)
+    start = min(coordinate * columns, job.model.vocab_size)
+    return start, min(start + columns, job.model.vocab_size)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.double()))

@@ -1,0 +1,101 @@
+"""What one rank, or the one device of reference, did: its loss, gradients, probes and the account of its second step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from meshwright.account import StepAccount
+from meshwright.audit.recorder import Recorder
+from meshwright.comm.mesh import World, forget_names
+from meshwright.config.tree import Job
+from meshwright.model.build import local_part
+from meshwright.model.decoder import Decoder
+from meshwright.parallel.tensor import IGNORE
+from meshwright.schemes.params import ParamSpec
+from meshwright.training.shard import shard_batch
+from meshwright.training.step import Batch, State, forward_backward, step
+from meshwright.verify.probes import Probes, probing
+
+Instrument = Callable[[Decoder, World], None]
+"""Changes a model before it is verified; tests plant bugs with it."""
+
+
+@dataclass
+class Observation:
+    """All that is compared. Gradients are local parts, by parameter; the account is missing for references."""
+
+    coordinates: dict[str, int]
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    probes: Probes
+    account: StepAccount | None = None
+
+
+def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
+    """Run by every rank of the layout, in an initialised process group: one observed pass, then two steps, the second audited."""
+    world = World.create(job.layout, torch.device("cpu" if job.training.device == "cpu" else "cuda"))
+    state = _prepare(job, world, instrument)
+    batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
+    batch = Batch(*(t.to(world.device) for t in batch))
+    observation = _observe(state, batch, world)
+    step(state, batch, world)
+    with Recorder() as recorder:
+        step(state, batch, world)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    observation.account = StepAccount.of(recorder.trace(), source="run", rank=rank, world=size, job=job.name)
+    forget_names()
+    return observation
+
+
+def observe_reference(job: Job, *, float64: bool) -> Observation:
+    """One device in this process, in float64 or in the run's precision."""
+    world = World.single(torch.device("cpu"))
+    state = _prepare(job, world, None, float64=float64)
+    batch = shard_batch(*global_batch(job), job, job.layout.coordinates(0))
+    return _observe(state, batch, world)
+
+
+def _prepare(job: Job, world: World, instrument: Instrument | None, *, float64: bool = False) -> State:
+    state = State.create(job, world, float64=float64)
+    randomise(state.model, state.specs, world)
+    if instrument is not None:
+        instrument(state.model, world)
+    return state
+
+
+def _observe(state: State, batch: Batch, world: World) -> Observation:
+    with probing(state.model) as probes:
+        loss = forward_backward(state, batch, world)
+    gradients = {}
+    for spec in state.specs:
+        gradient = state.model.get_parameter(spec.name).grad
+        assert gradient is not None, spec.name
+        gradients[spec.name] = gradient.detach().clone().cpu()
+    return Observation(world.layout.coordinates(world.rank), float(loss), gradients, probes)
+
+
+def randomise(model: Decoder, specs: tuple[ParamSpec, ...], world: World) -> None:
+    """Fill norm weights and biases with random values: at ones and zeros, wrong gradients of theirs could hide."""
+    with torch.no_grad():
+        for spec in specs:
+            if spec.init != "normal":
+                generator = torch.Generator().manual_seed(spec.seed(0))
+                full = torch.empty(spec.shape).normal_(std=0.2, generator=generator) + float(spec.init == "ones")
+                model.get_parameter(spec.name).copy_(local_part(full, spec, world))
+
+
+def global_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and labels [batch, seq_len]; labels are missing in part, and unevenly among sequences."""
+    training, vocab_size = job.training, job.model.vocab_size
+    generator = torch.Generator().manual_seed(training.seed)
+    text = torch.randint(0, vocab_size, (training.batch, training.seq_len + 1), generator=generator)
+    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
+    kept = (
+        (torch.arange(training.batch)[:, None] % 4 + 1) * training.seq_len // 4
+    )  # a quarter, a half, ... of each sequence
+    labels[torch.arange(training.seq_len)[None, :] >= kept] = IGNORE
+    return tokens, labels

@@ -1,0 +1,95 @@
+"""The one idea as a test: formula = rehearsal = run, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshwright.account import CATEGORIES, diff
+from meshwright.comm.ranks import Ranks
+from meshwright.config.tree import Job, Layout, Model, Training
+from meshwright.planner.step import formula
+from meshwright.rehearsal.rehearse import rehearse_job
+from meshwright.verify.agreement import Case, all_cases, check, covering_cases, differences_of
+
+SELECTION = covering_cases(at_least=40)
+
+
+def test_the_selection_covers_every_pair_of_option_values() -> None:
+    print(f"{len(SELECTION)} of {len(all_cases())} agreement cases; every pair of option values occurs")
+    assert len(SELECTION) == 40 < len(all_cases()) == 120
+    pairs = lambda cases: {(i, j, c[i], c[j]) for c in cases for i in range(4) for j in range(i)}  # noqa: E731
+    assert pairs(SELECTION) == pairs(all_cases())
+
+
+@pytest.mark.parametrize("case", SELECTION, ids=str)
+def test_formula_rehearsal_and_run_agree(case: Case, ranks: Callable[[int], Ranks]) -> None:
+    _assert_agrees(case, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in all_cases() if c not in SELECTION], ids=str)
+def test_formula_rehearsal_and_run_agree_everywhere(case: Case, ranks: Callable[[int], Ranks]) -> None:
+    _assert_agrees(case, ranks)
+
+
+def _assert_agrees(case: Case, ranks: Callable[[int], Ranks]) -> None:
+    agreement = check(case, ranks(case.job.layout.world))
+    assert not agreement.differences, agreement.differences[:3]
+    assert agreement.witnessed, (agreement.profiler_peaks, agreement.run_peaks)
+    assert agreement.agrees
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    layers=st.integers(1, 4),
+    d_ff=st.integers(1, 40).map(lambda n: 4 * n),
+    vocab_size=st.integers(5, 150),
+    tensor=st.sampled_from([1, 2, 4]),
+    precision=st.sampled_from(["float32", "bf16"]),
+)
+def test_sizes_change_formula_rehearsal_and_run_alike(
+    ranks: Callable[[int], Ranks], layers: int, d_ff: int, vocab_size: int, tensor: int, precision: str
+) -> None:
+    from meshwright.verify.observe import observe_rank
+
+    model = Model(layers=layers, d_model=16, d_ff=d_ff, heads=4, kv_heads=2, head_dim=4, vocab_size=vocab_size)
+    training = Training(batch=4, seq_len=8, precision=precision, device="cpu")
+    job = Job(model=model, layout=Layout(tensor=tensor), training=training)
+    planned, rehearsed = formula(job), rehearse_job(job, rank=tensor - 1)
+    run = ranks(tensor).run(observe_rank, job)[-1].account
+    assert not list(differences_of(planned, rehearsed))
+    assert not list(differences_of(rehearsed, run))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_formula_equals_rehearsal_for_the_kernels_of_each_device(device: str, precision: str, kv_heads: int) -> None:
+    """A rehearsal calls the kernels of the job's device, so what a GPU would save is checked without one."""
+    model = Model(layers=2, d_model=256, d_ff=352, heads=4, kv_heads=kv_heads, head_dim=64, vocab_size=300)
+    job = Job(
+        model=model, layout=Layout(tensor=2), training=Training(batch=4, seq_len=40, precision=precision, device=device)
+    )
+    planned, rehearsed = formula(job), rehearse_job(job)
+    assert not diff(planned, rehearsed)
+    assert {c: planned.footprint.bytes[c] for c in CATEGORIES} == {c: rehearsed.footprint.bytes[c] for c in CATEGORIES}
+
+
+def test_a_formula_that_forgets_a_collective_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: without the row-parallel all-reduce the formula no longer equals the rehearsal."""
+    from meshwright.schemes import tape
+
+    job = Case("grouped_query", "tensor 2", "float32", 1).job
+    monkeypatch.setattr(tape.Tape, "all_reduce", lambda self, group, dtype, payload_bytes: 0)
+    missing = diff(formula(job), rehearse_job(job))
+    assert {d.site for d in missing if d.part == "ledger"} >= {
+        "layers.0.attention",
+        "layers.1.mlp",
+        "embedding",
+        "head",
+        "loss",
+    }

@@ -1,0 +1,116 @@
+"""`verify` passes for right layouts and names the module of every planted bug."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from jobs import tiny_job
+from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_axis_right, wrong_divisor
+
+from meshwright.comm.ranks import Ranks
+from meshwright.config.tree import Layout
+from meshwright.errors import UserError
+from meshwright.verify.agreement import LAYOUTS, MODELS
+from meshwright.verify.shrink import shrink_job
+from meshwright.verify.verify import check_memory, needed_memory, verify, verify_on
+
+Pool = Callable[[int], Ranks]
+SEED = 20260
+
+FORWARD = ["embedding", "layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp"]
+BACKWARD = ["layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp", "head"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("grouped_query", "replicate 2 × tensor 2"),
+        ("kv_heads_below_tensor", "tensor 4"),
+        ("tied", "tensor 2"),
+        ("layernorm_bias_learned", "replicate 2 × tensor 2"),
+        ("odd_vocabulary", "tensor 4"),
+        ("grouped_query", "replicate 4"),
+    ],
+)
+def test_right_layouts_agree(ranks: Pool, model: str, layout: str, precision: str) -> None:
+    job = tiny_job(MODELS[model], LAYOUTS[layout], precision, accumulation=2)
+    report = verify_on(job, ranks(job.layout.world), every_axis_right)
+    assert report.agree, report.text()
+    assert report.gradients.checked > 10 and report.rows["formula"] == report.rows["run"] > 0
+
+
+def test_one_device_agrees_with_itself() -> None:
+    with Ranks(1) as single:
+        report = verify(tiny_job(), ranks=single)
+    assert report.agree and report.rows == {"formula": 0, "rehearsal": 0, "run": 0}
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("fault", ["missing", "doubled", "wrong axis", "wrong tensor"])
+def test_a_planted_fault_is_named(ranks: Pool, fault: str, in_backward: bool) -> None:
+    module = random.Random(f"{SEED}/{fault}/{in_backward}").choice(BACKWARD if in_backward else FORWARD)
+    job = tiny_job("grouped_query", "replicate2xtensor2")
+    report = verify_on(job, ranks(4), Fault(module, fault, in_backward))
+    assert not report.agree
+    assert report.first_difference is not None
+    assert report.first_difference.kind == ("gradient" if in_backward else "activation")
+    assert report.first_difference.module == module
+    if fault != "wrong tensor":
+        assert module in {d.site for d in report.formula_vs_rehearsal}
+    assert not report.rehearsal_vs_run, "the rehearsal does what the run does, right or wrong"
+
+
+def test_a_fault_in_the_loss_is_named(ranks: Pool) -> None:
+    report = verify_on(tiny_job("grouped_query", "tensor2"), ranks(2), Fault("loss", "missing", in_backward=False))
+    assert not report.agree and report.first_difference is not None
+    assert (report.first_difference.kind, report.first_difference.module) == ("loss", "loss")
+
+
+def test_a_wrong_loss_divisor_is_named(ranks: Pool) -> None:
+    report = verify_on(tiny_job("grouped_query", "replicate2"), ranks(2), wrong_divisor)
+    assert not report.agree and report.first_difference is not None
+    assert (report.first_difference.kind, report.first_difference.module) == ("loss", "loss")
+    assert not report.formula_vs_rehearsal and not report.rehearsal_vs_run, "the bytes are right, the number is not"
+
+
+@pytest.mark.parametrize("instrument", [doubled_maximum, DoubledGather("layers.1.mlp")], ids=["maximum", "gather"])
+def test_a_doubled_idempotent_collective_is_caught_by_the_ledger_alone(ranks: Pool, instrument: object) -> None:
+    report = verify_on(tiny_job("grouped_query", "tensor2"), ranks(2), instrument)  # type: ignore[arg-type]
+    assert not report.agree and report.loss_passes and not report.gradients.failed
+    assert report.first_difference is not None and report.first_difference.kind == "ledger"
+    assert report.first_difference.module == getattr(instrument, "module", "loss")
+
+
+def test_a_bare_all_reduce_appears_in_rehearsal_and_run(ranks: Pool) -> None:
+    report = verify_on(tiny_job("grouped_query", "tensor2"), ranks(2), BareAllReduce("layers.1.mlp"))
+    assert not report.agree and not report.rehearsal_vs_run
+    assert {(d.site, d.row["operation"], d.second - d.first) for d in report.formula_vs_rehearsal} == {
+        ("layers.1.mlp", "all_reduce", 1)
+    }
+
+
+def test_shrinking_keeps_what_divides() -> None:
+    from meshwright.config.files import load_job
+
+    for name, tensor in (("llama3-405b", 8), ("gpt3-175b", 8), ("llama3-8b", 16), ("smollm-1.7b", 4)):
+        job = load_job(name)
+        job = replace(job, layout=Layout(tensor=tensor, replicate=2))
+        small = shrink_job(job)
+        assert not small.layout.violations(small.model, small.cluster, small.training)
+        assert small.model.vocab_size % tensor == job.model.vocab_size % tensor
+        assert (small.model.kv_heads < tensor) == (job.model.kv_heads < tensor)
+        assert (small.model.kv_heads < small.model.heads) == (job.model.kv_heads < job.model.heads)
+        assert needed_memory(small) < 100e6 < needed_memory(job)
+
+
+def test_a_model_too_large_is_refused_with_the_bytes() -> None:
+    job = tiny_job()
+    needed = needed_memory(job)
+    check_memory(job, needed)
+    with pytest.raises(UserError, match=rf"needs about .* \({needed} bytes\)") as error:
+        check_memory(job, needed - 1)
+    assert "--shrink" in str(error.value) and "\n" not in str(error.value)
