@@ -25,10 +25,10 @@ def tiny_job(
     **training: Any,
 ) -> Job:
     """A job of a few thousand parameters on the CPU."""
-    settings = {"batch": 8, "seq_len": 16, "device": "cpu"} | training
+    settings: dict[str, Any] = {"batch": 8, "seq_len": 16, "device": "cpu", "precision": precision}
     return Job(
         name="tiny",
         model=MODELS[model] if isinstance(model, str) else model,
         layout=LAYOUTS[layout] if isinstance(layout, str) else layout,
-        training=Training(precision=precision, accumulation=accumulation, **settings),
+        training=Training(accumulation=accumulation, **(settings | training)),
     )

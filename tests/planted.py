@@ -1,7 +1,7 @@
 """Bugs planted into a decoder: collectives that are missing, doubled, on the wrong axis or on the wrong tensor.
 
-Each is an instrument for `verify.verify.verify_on`: it swaps the axis of one module, chosen by name, for one that misbehaves
-in forward or in backward. Importable by name, because ranks receive them pickled.
+Each is an instrument for `verify.verify.verify_on`: it swaps the axis of one module, chosen by name, for one that
+misbehaves in forward or in backward. Importable by name, because ranks receive them pickled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Fault:
     in_backward: bool
 
     def __call__(self, model: Decoder, world: World) -> None:
-        owner = model.get_submodule(self.module)
+        owner: Any = model.get_submodule(self.module)
         axis = owner.axis
         owner.axis = FaultyAxis(
             axis.name, axis.size, axis.rank, axis.group, self.fault, self.in_backward, world.axes["replicate"]
@@ -124,6 +124,7 @@ class BareAllReduce:
 
 def every_axis_right(model: Decoder, world: World) -> None:
     """No fault: the instrument that the others are compared with."""
+    module: Any
     for module in model.modules():
         if isinstance(getattr(module, "axis", None), Axis):
             module.axis = replace(module.axis)

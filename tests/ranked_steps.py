@@ -56,6 +56,6 @@ def audited(kind: str) -> Any:
     """The account of the second step of a kind of model."""
     model, optimiser = {"sharded": sharded, "tensor_parallel": tensor_parallel, "data_parallel": data_parallel}[kind]()
     train(model, optimiser)
-    with meshwright.audit() as a:
+    with meshwright.audit() as a:  # type: ignore[operator]
         train(model, optimiser)
     return a.account

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from meshwright.account import (
     CATEGORIES,
     Compute,
+    Event,
     Footprint,
     Issue,
     Ledger,
@@ -102,7 +103,9 @@ _events = st.lists(
 
 
 @given(_events, _events, st.integers(1, 4), st.integers(1, 3))
-def test_folding_a_repeat_equals_folding_it_unrolled(before: list, body: list, times: int, outer: int) -> None:
+def test_folding_a_repeat_equals_folding_it_unrolled(
+    before: list[Event], body: list[Event], times: int, outer: int
+) -> None:
     inner = Repeat(times, tuple(body), first=times - 1, step=-1)
     trace = Trace((*before, Repeat(outer, (inner, *before)), *before))
     unrolled = Trace(tuple(trace.expanded()))

@@ -1,7 +1,7 @@
 """Plan, rehearse and run transformer training across a mesh of devices, with one account of every byte and FLOP.
 
-    with meshwright.audit() as a: step()                            the account of a real step of anybody's code
-    with meshwright.rehearse(world=1024, rank=0) as r: step()       the same on fake tensors, on one rank of any world
+`with meshwright.audit() as a: step()` gives `a.account`, the account of a real step of anybody's code;
+`with meshwright.rehearse(world=1024, rank=0) as r: step()` the same on fake tensors, for one rank of any world.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _expand(events: Iterable[Event]) -> Iterator[Compute | Issue | Wait | Memory
 
 
 class LedgerKey(NamedTuple):
-    """What makes two collective calls the same row. `payload_bytes` is that of one call: the full tensor on this rank."""
+    """What makes two collective calls one row. `payload_bytes` is that of one call: the full tensor on this rank."""
 
     operation: str
     axis: str
@@ -256,6 +256,16 @@ class Work:
             a.flops for key, a in self.amounts.items() if phase in (None, key.phase) and kind in (None, key.kind)
         )
 
+    @property
+    def model_flops(self) -> int:
+        """FLOPs that the model itself needs on this rank: three times the forward's matmuls and attention.
+
+        Backward is twice forward: a gradient for each of the two inputs of a product. What a kernel or a scheme
+        computes a second time to save memory is work, but not the model's. MFU is these over what the device
+        could have done.
+        """
+        return 3 * sum(self.flops(phase="forward", kind=kind) for kind in EXACT_KINDS)
+
     def bytes(self, *, phase: str | None = None, kind: str | None = None) -> int:
         """Bytes touched in one phase, by one kind, or in all."""
         return sum(
@@ -334,7 +344,7 @@ def _summit(events: Iterable[Event]) -> _Summit:
                 highest, at_peak, phase, site = total, tuple(now), event.phase, event.site
         elif isinstance(event, Repeat) and event.times:
             body = _summit(event.events)
-            # The body moves the level by the same amount each time: it peaks in its last round if it climbs, else its first.
+            # Each round moves the level by the same amount: the peak is in the last if it climbs, else in the first.
             rounds_before = event.times - 1 if sum(body.net) > 0 else 0
             level = [a + rounds_before * b + c for a, b, c in zip(now, body.net, body.at_peak, strict=True)]
             if sum(level) > highest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ def test_fake_group_has_any_size() -> None:
 
 
 def test_in_backward_is_true_only_inside_the_engine() -> None:
-    seen = []
+    seen: list[bool] = []
     x = torch.ones(1, requires_grad=True)
     x.register_hook(lambda gradient: seen.append(torch_private.in_backward()))
     (x * 2).sum().backward()
@@ -26,17 +27,17 @@ def test_in_backward_is_true_only_inside_the_engine() -> None:
 
 
 def test_groups_can_be_read_from_operators() -> None:
-    seen = []
+    seen: list[dist.ProcessGroup] = []
 
     class Mode(torch_private.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.extend(g for g in map(torch_private.group_of, args) if g is not None)
             return func(*args, **(kwargs or {}))
 
     with fake_group(4, 0), Mode():
         dist.all_reduce(torch.zeros(1))
         assert seen == [dist.group.WORLD]
-        assert torch_private.group_named(dist.group.WORLD.group_name) is dist.group.WORLD
+        assert torch_private.group_named(seen[0].group_name) is dist.group.WORLD
 
 
 def test_storages_live_as_long_as_their_last_tensor_real_and_fake() -> None:
@@ -44,8 +45,8 @@ def test_storages_live_as_long_as_their_last_tensor_real_and_fake() -> None:
         with mode:
             tensor = torch.zeros(4)
             key = torch_private.storage_key(tensor.untyped_storage())
-            died: list[int] = []
-            reference = weakref.ref(tensor.untyped_storage(), lambda _, died=died: died.append(1))
+            died: list[object] = []
+            reference = weakref.ref(tensor.untyped_storage(), died.append)
             view = tensor[1:]
             del tensor
             assert not died and torch_private.storage_key(view.untyped_storage()) == key

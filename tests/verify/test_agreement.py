@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
-from meshwright.verify.agreement import Case, all_cases, check, covering_cases, differences_of
+from meshwright.verify.agreement import Case, Precision, all_cases, check, covering_cases, differences_of
 
 SELECTION = covering_cases(at_least=40)
 
@@ -52,7 +53,7 @@ def _assert_agrees(case: Case, ranks: Callable[[int], Ranks]) -> None:
     precision=st.sampled_from(["float32", "bf16"]),
 )
 def test_sizes_change_formula_rehearsal_and_run_alike(
-    ranks: Callable[[int], Ranks], layers: int, d_ff: int, vocab_size: int, tensor: int, precision: str
+    ranks: Callable[[int], Ranks], layers: int, d_ff: int, vocab_size: int, tensor: int, precision: Precision
 ) -> None:
     from meshwright.verify.observe import observe_rank
 
@@ -68,7 +69,9 @@ def test_sizes_change_formula_rehearsal_and_run_alike(
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_formula_equals_rehearsal_for_the_kernels_of_each_device(device: str, precision: str, kv_heads: int) -> None:
+def test_formula_equals_rehearsal_for_the_kernels_of_each_device(
+    device: Literal["cpu", "cuda"], precision: Precision, kv_heads: int
+) -> None:
     """A rehearsal calls the kernels of the job's device, so what a GPU would save is checked without one."""
     model = Model(layers=2, d_model=256, d_ff=352, heads=4, kv_heads=kv_heads, head_dim=64, vocab_size=300)
     job = Job(

@@ -34,8 +34,9 @@ class Audit:
 def audit() -> Iterator[Audit]:
     """Record what runs inside: communication, FLOPs and memory of this rank.
 
-    Works with plain modules, DistributedDataParallel, fully_shard and DTensor. Axis names are those of the DeviceMesh that
-    made a group; a group that no mesh made is `?`. Storages of a model that exists already count from the first forward.
+    Works with plain modules, DistributedDataParallel, fully_shard and DTensor. Axis names are those of the DeviceMesh
+    that made a group; a group that no mesh made is `?`. Storages of a model that exists already count from the first
+    forward.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with Recorder() as recorder:

@@ -53,7 +53,8 @@ class _Collective(NamedTuple):
     """The argument is one rank's part of the payload: only the root has it all."""
 
 
-# Which arguments hold the full tensor, and which are written. c10d operators write into arguments, functional ones return.
+# Which arguments hold the full tensor, and which are written.
+# c10d operators write into arguments, functional ones return.
 _COLLECTIVES = {
     "c10d.allreduce_": _Collective("all_reduce", _first, _first),
     "c10d.allreduce_coalesced_": _Collective("all_reduce", _first, _first),

@@ -19,7 +19,6 @@ tensors were last read).
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -133,7 +132,6 @@ class Recorder(torch_private.TorchDispatchMode):
     # --- entering and leaving ---
 
     def __enter__(self) -> Recorder:
-        gc.collect()  # storages in reference cycles of earlier code must not be freed during ours
         handles: list[Any] = [
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -225,7 +223,7 @@ class Recorder(torch_private.TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, phase: str, site: str, *, known_before: bool = False) -> _Storage:
         """The record of a tensor's storage; one seen for the first time is allocated now.
 
-        `known_before`: it was not made under the recorder. If a module or an optimiser holds it, it was there all along.
+        `known_before`: it was not made under the recorder. If a module or optimiser holds it, it was there all along.
         """
         untyped = tensor.untyped_storage()
         key = torch_private.storage_key(untyped)

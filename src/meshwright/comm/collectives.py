@@ -86,7 +86,7 @@ class Axis:
         return Pending(gathered, work, holders)
 
     def reduce_scatter(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
-        """Sum `tensor` [size·n, ...] over the axis; this rank keeps its part [n, ...] of dim 0. Payload: the full tensor."""
+        """Sum `tensor` [size·n, ...] over the axis and keep this rank's [n, ...] of dim 0. Payload: the full tensor."""
         if self.size == 1:
             return Pending(tensor)
         with scope(site, phase):

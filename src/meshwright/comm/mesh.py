@@ -24,7 +24,7 @@ _names: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place: rank, layout, device, and its axes by name (each mesh axis, and the flattened gradient group)."""
+    """This rank's place: rank, layout, device, and its axes by name (mesh axes and the flattened gradient group)."""
 
     rank: int
     layout: Layout

@@ -1,10 +1,10 @@
-"""Real ranks on this machine: processes started by forkserver with torch preloaded, joined by gloo, used again and again.
+"""Real ranks on this machine: forkserver processes with torch preloaded, joined by gloo, used again and again.
 
     with Ranks(4) as ranks:
         results = ranks.run(function, *arguments)      # function(*arguments) on every rank; results in rank order
 
-The function must be importable. A rank that raises ends the call with its traceback, one that hangs or dies ends it at the
-deadline; either way every rank is gone afterwards. No ports are used: ranks meet through a file.
+The function must be importable. A rank that raises ends the call with its traceback, one that hangs or dies ends it at
+the deadline; either way every rank is gone afterwards. No ports are used: ranks meet through a file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -107,10 +108,8 @@ class Ranks:
         """End all ranks: politely, or at once."""
         for rank, pipe in enumerate(self._pipes):
             if not kill:
-                try:
+                with suppress(RankError):
                     _send(pipe, rank, _STOP)
-                except RankError:
-                    pass
             pipe.close()
         for process in self._processes:
             if kill:

@@ -44,7 +44,7 @@ def group_of(argument: Any) -> dist.ProcessGroup | None:
 
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group that a functional collective names."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
@@ -54,7 +54,7 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 
 def num_references(tensor: torch.Tensor) -> int:
     """How many hold this tensor, in Python and in C++."""
-    return int(tensor._use_count())
+    return int(tensor._use_count())  # type: ignore[attr-defined]
 
 
 # torch 2.13 renamed the two tensor collectives and warns about the old names.

@@ -67,11 +67,11 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel) -> Any:
         ctx.set_materialize_grads(False)
         ctx.kernel = kernel
+        random: tuple[Any, ...] = ()
         heads = q.shape[2] if expands_heads(kernel, q.shape[2], k.shape[2]) else k.shape[2]
         q_BHSD, k_BHSD, v_BHSD = q.transpose(1, 2), _expand(k, heads).transpose(1, 2), _expand(v, heads).transpose(1, 2)
         if kernel == "flash_for_cpu":
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHSD, k_BHSD, v_BHSD, 0.0, True)
-            random = ()
         elif kernel == "flash":
             out, lse, *_, seed, offset, _ = aten._scaled_dot_product_flash_attention(q_BHSD, k_BHSD, v_BHSD, 0.0, True)
             random = (seed, offset)

@@ -1,6 +1,6 @@
 """Make a decoder's parameters from their specs: same seed, same full weights, whatever the layout.
 
-A rank draws each parameter whole, keeps its slice, and goes on to the next: it never holds more than one full parameter.
+A rank draws each parameter whole, keeps its slice and goes on to the next: it never holds more than one full parameter.
 """
 
 from __future__ import annotations

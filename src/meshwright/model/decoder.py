@@ -1,7 +1,7 @@
 """A decoder-only transformer over a mesh.
 
-Norm, attention, norm, MLP, with residuals; covers GPT-2/3, Llama and their relatives by `config.Model`. Each module holds
-its rank's slices of its parameters; `model.build` shapes and fills them from `schemes.params`.
+Norm, attention, norm, MLP, with residuals; covers GPT-2/3, Llama and their relatives by `config.Model`. Each module
+holds its rank's slices of its parameters; `model.build` shapes and fills them from `schemes.params`.
 
     B batch   S sequence   E d_model   F d_ff/T   H heads/T   K kv heads of this rank   D head_dim   V vocabulary/T
 """
@@ -70,7 +70,6 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = Affine(), Affine(), Affine(), Affine()
 
     def forward(self, h_BSE: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
-        B, S, _ = h_BSE.shape
         weights, biases = zip(*((p.weight, p.bias) for p in (self.query, self.key, self.value)), strict=True)
         q, k, v = column_linear(h_BSE, weights, biases, self.axis, self.site)
         q, k, v = (self._heads(x) for x in (q, k, v))

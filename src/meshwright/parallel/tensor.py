@@ -104,7 +104,8 @@ def vocab_embedding(
     """Embedding whose rows are split over the axis.
 
     weight_VE [V/T, E]        this rank's rows of the table
-    forward   y_BSE = all_reduce(rows of this rank, zeros elsewhere)    sends B·S·E in the compute dtype (exact: one rank has the row)
+    forward   y_BSE = all_reduce(rows of this rank, zeros elsewhere)    sends B·S·E in the compute dtype
+              (exact: one rank has the row)
     wgrad     dw[token] += dy                                           sends nothing
     saved     this rank's row indices [B, S], and which of them are its own if T > 1
     """

@@ -18,7 +18,7 @@ from meshwright.schemes.tape import BOOL, FLOAT32, FLOAT64, INT64, Group, Sizes,
 
 
 def formula(job: Job) -> StepAccount:
-    """The account of one step of a legal job, the same for every rank. Time is not filled in (see `planner.estimate`)."""
+    """The account of one step of a legal job, the same for every rank. Time is left out (see `planner.estimate`)."""
     return StepAccount.of(step_trace(job), source="formula", rank=0, world=job.layout.world, job=job.name)
 
 
@@ -30,7 +30,7 @@ def step_trace(job: Job) -> Trace:
     decoder = Decoder(job.model, sizes)
     group = Group(layout.gradient_axis or "replicate", layout.gradient_group_size)
     tape = Tape()
-    _persistent(tape, specs)
+    persistent(tape, specs)
     with tape.at("step", "forward"):
         _batch(tape, decoder, training.accumulation)
         tape.wait(tape.all_reduce(group, "int64", INT64))
@@ -46,11 +46,11 @@ def step_trace(job: Job) -> Trace:
     _synchronise(tape, specs, group)
     with tape.at("step", "forward"):
         tape.wait(tape.all_reduce(group, "float64", FLOAT64))
-    _optimise(tape, specs)
+    optimise(tape, specs)
     return tape.trace()
 
 
-def _persistent(tape: Tape, specs: Sequence[ParamSpec]) -> None:
+def persistent(tape: Tape, specs: Sequence[ParamSpec]) -> None:
     """Float32 masters, gradients and two moments; a step counter for each parameter."""
     nbytes = sum(spec.local_numel for spec in specs) * FLOAT32
     tape.alloc(nbytes, "parameters")
@@ -82,7 +82,7 @@ def _synchronise(tape: Tape, specs: Sequence[ParamSpec], group: Group) -> None:
     sum_naive(tape, specs, group)
 
 
-def _optimise(tape: Tape, specs: Sequence[ParamSpec]) -> None:
+def optimise(tape: Tape, specs: Sequence[ParamSpec]) -> None:
     """Squared norm (one float32 over each axis that splits parameters), clipping, fused AdamW."""
     nbytes = sum(spec.local_numel for spec in specs) * FLOAT32
     splits = {spec.split.axis: spec.split.degree for spec in specs if spec.split is not None}

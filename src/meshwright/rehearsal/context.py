@@ -14,9 +14,9 @@ from meshwright.rehearsal.fake_world import fake_group, fake_tensors
 def rehearse(world: int = 1, rank: int = 0) -> Iterator[Audit]:
     """Run what is inside on fake tensors, as `rank` of `world`, and record it.
 
-    A default process group exists inside; model, DeviceMesh and optimiser may be made there. Nothing is sent and nothing
-    computed, so values must not be read (`.item()` raises). Works with fully_shard and DTensor; DistributedDataParallel is
-    refused. Raises UserError if this process has a process group already.
+    A default process group exists inside; model, DeviceMesh and optimiser may be made there. Nothing is sent and
+    nothing computed, so values must not be read (`.item()` raises). Works with fully_shard and DTensor;
+    DistributedDataParallel is refused. Raises UserError if this process has a process group already.
 
         with meshwright.rehearse(world=1024, rank=0) as r:
             model, optimiser = build()

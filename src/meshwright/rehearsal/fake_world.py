@@ -41,7 +41,9 @@ def fake_group(world: int, rank: int) -> Iterator[None]:
 @contextmanager
 def fake_tensors() -> Iterator[None]:
     """Tensors made inside have no values. DeviceMeshes are made and sliced for real; torch's DDP is refused."""
-    methods = {name: _unfaked(getattr(DeviceMesh, name)) for name in _MESH_METHODS if hasattr(DeviceMesh, name)}
+    methods: dict[str, Any] = {
+        name: _unfaked(getattr(DeviceMesh, name)) for name in _MESH_METHODS if hasattr(DeviceMesh, name)
+    }
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(DeviceMesh, **methods))
         stack.enter_context(mock.patch.object(device_mesh, "torch", _TorchOfMeshes()))
@@ -51,7 +53,7 @@ def fake_tensors() -> Iterator[None]:
 
 
 class _TorchOfMeshes:
-    """torch as the module of DeviceMesh sees it: `init_device_mesh`, however imported, numbers its ranks with real tensors."""
+    """torch as DeviceMesh's module sees it: `init_device_mesh`, however imported, numbers ranks with real tensors."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)

@@ -1,7 +1,7 @@
 """A decoder composed from the scheme pages, once: `model.decoder` by formula.
 
-The order of the calls is the order of the program; backward is the exact reverse. The site of each piece is its module's
-name; the L equal blocks are written as one `Repeat`.
+The order of the calls is the order of the program; backward is the exact reverse. The site of each piece is its
+module's name; the L equal blocks are written as one `Repeat`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from meshwright.config.tree import Model
 from meshwright.schemes.local import Activation, AttentionCore, Norm, Rope
-from meshwright.schemes.tape import FLOAT32, INT64, Sizes, Tape
+from meshwright.schemes.tape import FLOAT32, Sizes, Tape
 from meshwright.schemes.tensor import ColumnLinear, CrossEntropy, Embedding, RowLinear
 
 SAVED = "saved_activations"

@@ -1,8 +1,9 @@
 """What one device does between collectives: norms, rotary embedding, attention, activation. Closed forms of `kernels/`.
 
-Each class is one autograd function: `forward` writes what it computes and keeps, `backward` what it computes and lets go.
-Two conventions hold for all pages. An output is allocated by the function that makes it, in the category of what holds it
-later; a saved input is released by the function that saved it. A function's backward frees the gradient it was given.
+Each class is one autograd function: `forward` writes what it computes and keeps, `backward` what it computes and lets
+go. Two conventions hold for all pages. An output is allocated by the function that makes it, in the category of what
+holds it later; a saved input is released by the function that saved it. A function's backward frees the gradient it was
+given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writing a trace by formula: the pen that the scheme pages share.
 
-A page states, in program order, what appears in memory, what is computed, what is sent and what is freed; sizes come from
-`Sizes`. Nothing is executed.
+A page states, in program order, what appears in memory, what is computed, what is sent and what is freed; sizes come
+from `Sizes`. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Group:
 class Sizes:
     """What one rank computes on in one micro-batch.
 
-    B batch   S sequence   E d_model   F d_ff/T   H heads/T   K kv heads of this rank   D head_dim   V vocabulary/T   T tensor
+    B batch   S sequence   E d_model   F d_ff/T   H heads/T   K kv heads of this rank   D head_dim   V vocabulary/T
+    T tensor
     """
 
     B: int

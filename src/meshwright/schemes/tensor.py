@@ -14,6 +14,7 @@ column- and a row-parallel layer; the residual stream and the norms' inputs are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from meshwright.schemes.tape import BOOL, FLOAT32, FLOAT64, INT64, Sizes, Tape
@@ -84,7 +85,7 @@ class RowLinear:
         tape.free(s.E * (self.F + self.biased) * FLOAT32)
 
 
-def cast_weight(tape: Tape, sizes: Sizes, numel: int):  # noqa: ANN201 - a context manager of the tape
+def cast_weight(tape: Tape, sizes: Sizes, numel: int) -> AbstractContextManager[None]:
     """A weight in the compute dtype, for the length of one product."""
     nbytes = numel * sizes.c if sizes.casts else 0
     tape.elementwise(nbytes + numel * FLOAT32 * sizes.casts)
@@ -149,7 +150,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy of logits [N, V] split over the vocabulary. Keeps logits and log-sum-exp; sends 3·N float32 forward."""
+    """Cross-entropy of logits [N, V] split by vocabulary. Keeps logits and log-sum-exp; sends 3·N float32 forward."""
 
     sizes: Sizes
 

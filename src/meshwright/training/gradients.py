@@ -42,7 +42,7 @@ def _sum_partial(model: Decoder, specs: tuple[ParamSpec, ...], world: World) -> 
 
 
 def clip(model: Decoder, specs: tuple[ParamSpec, ...], world: World, clip_norm: float) -> torch.Tensor:
-    """Scale gradients down to a global norm of `clip_norm` (0: do not). Returns the norm before that, a scalar tensor."""
+    """Scale gradients down to a global norm of `clip_norm` (0: do not). Returns the norm before, a scalar tensor."""
     with scope(NORM_SITE, "optimiser"):
         whole = [_gradient(model, spec) for spec in specs if spec.split is None]
         split = [spec for spec in specs if spec.split is not None]

@@ -1,7 +1,7 @@
 """One training step: the same function for training, verification and rehearsal.
 
-It never synchronises with the host (no `.item()`), so it runs on fake tensors and does not stall a GPU. The loss is a sum
-of token losses divided by the number of labelled tokens of the whole global batch: never a mean of means.
+It never synchronises with the host (no `.item()`), so it runs on fake tensors and does not stall a GPU. The loss is a
+sum of token losses divided by the number of labelled tokens of the whole global batch: never a mean of means.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def forward_backward(state: State, batch: Batch, world: World) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         one_over_count = 1.0 / count.to(torch.float64)
     with scope(STEP_SITE, "backward"):
-        torch._foreach_zero_([p.grad for p in state.model.parameters()])
+        torch._foreach_zero_([p.grad for p in state.model.parameters()])  # type: ignore[misc]  # all have one
     for tokens_BS, labels_BS in zip(batch.tokens, batch.labels, strict=True):
         loss = state.model(tokens_BS, labels_BS, batch.positions)
         loss.backward(one_over_count)

@@ -1,8 +1,8 @@
 """Verify a layout: formula, rehearsal and run of every rank against each other, and the run against one device.
 
 A tensor of the run passes if |g - g64| <= 4·|g1 - g64| + 2⁻²²·scale, with |·| the Euclidean norm, g64 one device in
-float64, g1 one device in the run's precision. The scale of a gradient is |g64| over all parameters (the gradient of a key
-bias is zero in theory, so a plain relative error would judge noise); that of a probe is its own |g64|.
+float64, g1 one device in the run's precision. The scale of a gradient is |g64| over all parameters (the gradient of a
+key bias is zero in theory, so a plain relative error would judge noise); that of a probe is its own |g64|.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _first_probe(
     """The first module, in the order of the program, at which some rank's probe fails."""
     exact, same = references.exact.probes.values, references.same.probes.values
     for key in exact:
-        if key[0] != direction or key[1] == "loss" and direction == "activation":
+        if key[0] != direction or (key[1] == "loss" and direction == "activation"):
             continue
         errors = [_probe_error(key, job, run, exact[key], same[key]) for run in runs]
         rank = max(range(len(runs)), key=lambda r: errors[r] if not math.isnan(errors[r]) else math.inf)

@@ -1,4 +1,4 @@
-"""What one rank, or the one device of reference, did: its loss, gradients, probes and the account of its second step."""
+"""What one rank, or the one device of reference, did: loss, gradients, probes and the account of its second step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class Observation:
 
 
 def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
-    """Run by every rank of the layout, in an initialised process group: one observed pass, then two steps, the second audited."""
+    """One observed pass, then two steps, the second audited.
+
+    Run by every rank of the layout, in an initialised process group.
+    """
     world = World.create(job.layout, torch.device("cpu" if job.training.device == "cpu" else "cuda"))
     state = _prepare(job, world, instrument)
     batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))

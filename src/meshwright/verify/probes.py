@@ -36,10 +36,10 @@ def probing(model: Decoder) -> Iterator[Probes]:
     probes = Probes()
     handles = []
     for name, module in model.named_modules():
-        if name and not isinstance(module, nn.ModuleList) and (not name.startswith("layers.") or name.count(".") == 2):
-            if _owns_a_forward(module):
-                handles.append(module.register_forward_pre_hook(_watch_input(probes, name)))
-                handles.append(module.register_forward_hook(_keep_output(probes, name)))
+        direct = not name.startswith("layers.") or name.count(".") == 2
+        if name and direct and not isinstance(module, nn.ModuleList) and _owns_a_forward(module):
+            handles.append(module.register_forward_pre_hook(_watch_input(probes, name)))
+            handles.append(module.register_forward_hook(_keep_output(probes, name)))
     try:
         yield probes
     finally:

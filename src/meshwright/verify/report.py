@@ -71,20 +71,21 @@ class VerifyReport:
         """For people."""
         rows = " = ".join(f"{source} {count}" for source, count in self.rows.items())
         differing = len(self.formula_vs_rehearsal) + len(self.rehearsal_vs_run)
+        loss = "passes" if self.loss_passes else "FAILS"
         name, worst = self.gradients.worst
-        passed = self.gradients.checked - len(self.gradients.failed)
+        checked = self.gradients.checked
+        passed = checked - len(self.gradients.failed)
         lines = [
             f"ledger     {rows} rows on every rank, {differing or 'none'} differ"
             if self.world > 1
             else "ledger     one rank sends nothing",
-            f"loss       relative error {self.loss_error:.1e} against float64 on one device: {'passes' if self.loss_passes else 'FAILS'}",
-            f"gradients  {passed} of {self.gradients.checked} parameters pass; worst {name} at {worst:.2f} of its allowance",
+            f"loss       relative error {self.loss_error:.1e} against float64 on one device: {loss}",
+            f"gradients  {passed} of {checked} parameters pass; worst {name} at {worst:.2f} of its allowance",
         ]
         if self.first_difference is not None:
             first = self.first_difference
-            lines.append(
-                f"first difference  {first.kind} at {first.module} on rank {first.rank} ({first.error:.3g} times what is allowed)"
-            )
+            place = f"{first.kind} at {first.module} on rank {first.rank}"
+            lines.append(f"first difference  {place} ({first.error:.3g} times what is allowed)")
         for title, differences in (
             ("formula, rehearsal", self.formula_vs_rehearsal),
             ("rehearsal, run", self.rehearsal_vs_run),

@@ -35,7 +35,7 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
 
 
 def verify_on(job: Job, ranks: Ranks, instrument: Instrument | None = None) -> VerifyReport:
-    """Verify a legal CPU job on a pool of ranks; `instrument` changes the model of run and rehearsal, not the references."""
+    """Verify a legal CPU job on a pool of ranks; `instrument` changes run and rehearsal, not the references."""
     runs = ranks.run(observe_rank, job, instrument)
     rehearsals = [rehearse_job(job, rank, instrument) for rank in range(job.layout.world)]
     single = reference_job(job)
@@ -54,8 +54,9 @@ def check_memory(job: Job, available: int) -> None:
     needed = needed_memory(job)
     if needed > available:
         raise UserError(
-            f"verifying this model needs about {format_bytes(needed)} ({needed} bytes) and {format_bytes(available)} are free "
-            "(ranks and two reference runs live on this machine): verify with --shrink, or set a smaller model.layers"
+            f"verifying this model needs about {format_bytes(needed)} ({needed} bytes) and {format_bytes(available)} "
+            "are free (ranks and two reference runs live on this machine): "
+            "verify with --shrink, or set a smaller model.layers"
         )
 
 

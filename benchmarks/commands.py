@@ -1,0 +1,90 @@
+"""`make bench`: measure what the project claims of itself and write the records.
+
+    agreement     every case of the agreement matrix: formula = rehearsal = run, and the profiler's witness
+    rehearsal     `meshwright rehearse llama3-405b --layout.tensor 8 --world 1024`: seconds and resident memory
+    planning      `meshwright plan llama3-8b --devices 64 --json`: seconds, with start-up
+
+`python benchmarks/commands.py [NAME ...]` runs some of them. Limits are the project's own targets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from meshwright.bench import record
+from meshwright.comm.ranks import Ranks
+from meshwright.verify.agreement import all_cases, check
+
+PROGRAM = str(Path(sys.executable).with_name("meshwright"))
+GIB = 2**30
+
+
+def agreement() -> list[dict[str, Any]]:
+    """A row for each case."""
+    rows = []
+    cases = sorted(all_cases(), key=lambda case: case.job.layout.world)
+    for world in (1, 2, 4):
+        with Ranks(world) as ranks:
+            for case in (case for case in cases if case.job.layout.world == world):
+                found = check(case, ranks)
+                rows.append(record.row(**found.to_json(), failed=None if found.agrees else "does not agree"))
+                print(f"{'agrees' if found.agrees else 'DIFFERS'}  {case}", flush=True)
+    return rows
+
+
+def rehearsal() -> list[dict[str, Any]]:
+    """Seconds and peak resident memory of the rehearsal of one of 1024 ranks."""
+    command = [PROGRAM, "rehearse", "llama3-405b", "--layout.tensor", "8", "--world", "1024", "--json"]
+    runs = [_timed(command) for _ in range(3)]
+    account = json.loads(runs[0][2])
+    about = {"command": "rehearse llama3-405b --layout.tensor 8 --world 1024", "ledger_rows": len(account["ledger"])}
+    return [
+        record.row(**about, samples=[run[0] for run in runs], unit="s", limit=15.0, limit_kind="least"),
+        record.row(**about, samples=[run[1] / GIB for run in runs], unit="GiB", limit=1.0, limit_kind="least"),
+    ]
+
+
+def planning() -> list[dict[str, Any]]:
+    """Seconds of pricing every tensor × replicate layout of 64 devices, interpreter included."""
+    command = [PROGRAM, "plan", "llama3-8b", "--devices", "64", "--json"]
+    runs = [_timed(command) for _ in range(9)]
+    layouts = len(json.loads(runs[0][2])["layouts"])
+    about = {"command": "plan llama3-8b --devices 64 --json", "layouts": layouts}
+    return [record.row(**about, samples=[run[0] for run in runs], unit="s", limit=0.5, limit_kind="least")]
+
+
+def _timed(command: list[str]) -> tuple[float, int, str]:
+    """Seconds, peak resident bytes and output of a program that must succeed."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, f"{command} exited {process.returncode}"
+    return seconds, usage.ru_maxrss * 1024, output
+
+
+BENCHMARKS = {"agreement": agreement, "rehearsal": rehearsal, "planning": planning}
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks, or all."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    for name in names or BENCHMARKS:
+        print(record.write(name, f"python benchmarks/commands.py {name}", BENCHMARKS[name]()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""What each command does: options in, output on stdout, exit code out. Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from meshwright.cli import options
+from meshwright.config.files import load_job
+from meshwright.config.legality import complete_world, require_legal
+from meshwright.config.tree import Job
+from meshwright.config.values import nearest
+from meshwright.errors import UserError
+
+
+def plan(given: options.Plan) -> int:
+    """Layouts, ranked."""
+    from meshwright.planner import search
+
+    found = search.plan(_planned(_job(given)), given.devices, given.typed, given.top)
+    if given.json:
+        return _print_json(found.to_json())
+    from meshwright.cli.show import show_plan
+
+    show_plan(found)
+    return 0
+
+
+def rehearse(given: options.Rehearse) -> int:
+    """The account of one rank, timed by the planner's estimate."""
+    job = _planned(_of_world(_executable(_job(given), "rehearse"), given.world, given.typed))
+    _check_rank(given.rank, job)
+    folder = Path(given.out) if given.out is not None else None
+    if folder is not None:
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    from meshwright.planner.estimate import estimate
+    from meshwright.rehearsal.rehearse import rehearse_job
+
+    account = estimate(rehearse_job(job, given.rank), job)
+    if folder is not None:
+        with _writable(folder):
+            (folder / "rehearsal.json").write_text(json.dumps(account.to_json(), indent=1), encoding="utf-8")
+    if given.json:
+        return _print_json(account.to_json())
+    from meshwright.cli.show import show_account
+
+    show_account(account, job)
+    return 0
+
+
+def layout(given: options.Layout) -> int:
+    """Ranks and parts."""
+    job = _of_world(_executable(_job(given), "layout"), given.world, given.typed)
+    _check_rank(given.rank, job)
+    from meshwright.planner.placement import Placement
+
+    placement = Placement.of(job)
+    if given.json:
+        return _print_json(placement.to_json())
+    from meshwright.cli.show import show_placement
+
+    show_placement(placement, given.rank)
+    return 0
+
+
+def verify(given: options.Verify) -> int:
+    """1 where they do not agree."""
+    job = _executable(_job(given), "verify")
+    require_legal(job)
+    from meshwright.verify.verify import verify as run
+
+    report = run(job, given.processes, shrink=given.shrink)
+    if given.json:
+        _print_json(report.to_json())
+    else:
+        print(report.text())
+    return 0 if report.agree else 1
+
+
+def train(given: options.Train) -> int:
+    """The exit code of the run."""
+    job = _executable(_job(given), "train")
+    from meshwright.launch import train as run
+
+    return run(job, given.processes, Path(given.runs))
+
+
+def schemes(given: options.Schemes) -> int:
+    """A row for each scheme."""
+    from meshwright.schemes.table import table
+
+    rows = table(given.seq, given.hidden, given.degree, given.batch)
+    if given.json:
+        inputs = {name: getattr(given, name) for name in ("seq", "hidden", "degree", "batch")}
+        return _print_json({"inputs": inputs, "schemes": [asdict(row) for row in rows]})
+    from meshwright.cli.show import show_schemes
+
+    show_schemes(rows)
+    return 0
+
+
+def worksheet(given: options.Worksheet) -> int:
+    """1 where a run does not agree with its formula."""
+    from meshwright.schemes import linear_pair
+
+    if given.name.replace("_", "-") != linear_pair.NAME:
+        fix = nearest(given.name, [linear_pair.NAME]) or f": use {linear_pair.NAME}"
+        raise UserError(f"{given.name} is not a worksheet{fix}")
+    sizes = (given.batch, given.seq, given.d_model, given.d_ff, given.tensor)
+    if not given.run:
+        if given.json:
+            return _print_json(linear_pair.worksheet(*sizes))
+        print(linear_pair.text(*sizes))
+        return 0
+    text = linear_pair.text(*sizes)  # checks the sizes before torch is imported
+    from meshwright.parallel.linear_pair import comparison, run
+
+    ran = run(*sizes)
+    if given.json:
+        _print_json(ran)
+    else:
+        print(f"{text}\n\n{comparison(ran)}")
+    return 0 if ran["agree"] else 1
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def _job(given: options.OfJob) -> Job:
+    return load_job(given.job, given.overrides)
+
+
+def _executable(job: Job, command: str) -> Job:
+    """The job, if there is a step to execute."""
+    if job.model.block != "decoder":
+        raise UserError(
+            f"{command} cannot take {job.name}: model.block = {job.model.block} is linear layers only, with no "
+            f"vocabulary and no loss to train (it is for planning and worksheets): use plan, or a model whose block is "
+            f"decoder"
+        )
+    return job
+
+
+def _of_world(job: Job, world: int | None, typed: set[str]) -> Job:
+    """The legal job on `world` ranks, or on the product of its degrees."""
+    if world is not None:
+        job = replace(job, layout=complete_world(job.layout, world, typed))
+    require_legal(job)
+    return job
+
+
+def _planned(job: Job) -> Job:
+    from meshwright.training.device import resolve_device  # does not import torch for planning
+
+    return resolve_device(job, planning=True)
+
+
+def _check_rank(rank: int, job: Job) -> None:
+    world = job.layout.world
+    if not 0 <= rank < world:
+        raise UserError(f"--rank {rank} is not in a world of {world} (ranks count from 0): use 0 to {world - 1}")
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: dict[str, Any]) -> int:
+    print(json.dumps(value, allow_nan=False))
+    return 0
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written ({error.strerror}): name a folder of yours") from None

@@ -1,0 +1,70 @@
+"""From arguments to an exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from meshwright import __version__
+from meshwright.errors import UserError
+
+_HELP = ("-h", "--help")
+_BROKEN_PIPE = 141  # as a shell counts a process that SIGPIPE ended
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. A mistake of the user's is one line on stderr for each, never a traceback."""
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        return _BROKEN_PIPE
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in _HELP:
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"meshwright {__version__}")
+        return 0
+    from meshwright.cli.options import COMMANDS, parse_options, print_help
+
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name} is not a command: {fix}")
+    if any(argument in _HELP for argument in rest):
+        print_help(COMMANDS[name], name)
+        return 0
+    from meshwright.cli import commands
+
+    return getattr(commands, name)(parse_options(COMMANDS[name], name, rest))
+
+
+def overview() -> str:
+    """What there is."""
+    from meshwright.cli.options import COMMANDS
+
+    lines = [f"  {name:<10} {(cls.__doc__ or '').partition(chr(10))[0]}" for name, cls in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: meshwright COMMAND [JOB] [--option value ...] [--section.field value ...]",
+            "",
+            "Plan, rehearse and run transformer training across a mesh of devices, with one account of it all.",
+            "",
+            *lines,
+            "",
+            "meshwright COMMAND --help explains one command; meshwright --version prints the version.",
+        ]
+    )

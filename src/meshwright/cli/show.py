@@ -1,0 +1,168 @@
+"""What commands print for people: tables, plain where stdout is not a terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from meshwright.account import StepAccount
+from meshwright.config.tree import AXES, Job, Layout
+from meshwright.planner.placement import Placement
+from meshwright.planner.search import Candidate, Plan
+from meshwright.schemes.params import ParamSpec
+from meshwright.schemes.table import Row
+from meshwright.units import format_bytes, format_flops, format_seconds
+
+PLAIN_WIDTH = 200
+SHOWN_RANKS = 16
+
+
+def show_plan(plan: Plan) -> None:
+    """A row a layout; then what was rejected, and what was assumed."""
+    device = plan.job.cluster.device.name
+    table = _table("layout", "fits", ">memory", ">step", ">MFU", ">exposed", "why")
+    for candidate in plan.layouts:
+        table.add_row(*_plan_cells(candidate))
+    _print(f"{plan.job.name} on {device} ({plan.job.cluster.name}), {plan.job.training.precision}", table)
+    if plan.rejected:
+        table = _table("rejected by", ">layouts", "for instance", "fix")
+        for group in plan.rejected:
+            table.add_row(group.rule, str(group.count), group.example, group.fix)
+        _print(table)
+    _print(*(f"note: {note}" for note in plan.notes))
+
+
+def _plan_cells(candidate: Candidate) -> list[str]:
+    seconds, mfu = candidate.step_seconds, candidate.mfu
+    return [
+        _degrees(candidate.job.layout),
+        {True: "yes", False: "no", None: "?"}[candidate.fits],
+        format_bytes(candidate.account.footprint.peak),
+        _seconds(seconds),
+        "?" if mfu is None else f"{mfu:.1%}",
+        "?" if seconds is None else format_seconds(sum(candidate.account.timeline.exposed_seconds.values())),
+        candidate.why,
+    ]
+
+
+def show_account(account: StepAccount, job: Job) -> None:
+    """Totals of the ledger by axis and phase, the footprint at its peak, FLOPs and time."""
+    _print(f"{job.name}, rank {account.rank} of {account.world} ({_degrees(job.layout)}), {account.source}")
+    if account.ledger.rows:
+        _print(_ledger_table(account))
+    footprint = account.footprint
+    table = _table("memory at the peak", ">bytes", ">")
+    for category, nbytes in footprint.bytes.items():
+        if nbytes:
+            table.add_row(category.replace("_", " "), f"{nbytes:,}", format_bytes(nbytes))
+    table.add_row("peak", f"{footprint.peak:,}", format_bytes(footprint.peak))
+    _print(
+        table, f"peak in {footprint.peak_phase} at {footprint.peak_site or 'the model'}; {_room(footprint.peak, job)}"
+    )
+    work = account.work.to_json()
+    table = _table("FLOPs", ">", ">")
+    for name in ("forward", "backward", "recompute", "optimiser"):
+        if flops := work[f"{name}_flops"]:
+            table.add_row(name, f"{flops:,}", format_flops(flops).removesuffix("/s"))
+    _print(table, f"step: {_seconds(account.timeline.step_seconds)} (time model: {account.time_model})")
+
+
+def _ledger_table(account: StepAccount) -> Table:
+    totals: dict[tuple[str, int, str, str], list[int]] = {}
+    for key, count in account.ledger.rows.items():
+        total = totals.setdefault((key.axis, key.group_size, key.phase, key.operation), [0, 0, 0])
+        for i, value in enumerate((count, count * key.payload_bytes, count * key.wire_bytes)):
+            total[i] += value
+    table = _table("axis", ">ranks", "phase", "operation", ">calls", ">payload", ">wire")
+    for (axis, size, phase, operation), (count, payload, wire) in totals.items():
+        table.add_row(axis, str(size), phase, operation, f"{count:,}", format_bytes(payload), format_bytes(wire))
+    return table
+
+
+def _room(peak: int, job: Job) -> str:
+    device = job.cluster.device
+    if not device.memory_bytes:
+        return f"the memory of {device.name} is not known"
+    if peak > device.memory_bytes:
+        return f"{format_bytes(peak - device.memory_bytes)} more than {device.name} has"
+    return f"fits into the {format_bytes(device.memory_bytes)} of {device.name}"
+
+
+def show_placement(placement: Placement, rank: int) -> None:
+    """Ranks, and the parts of one of them; the equal blocks of the model as one row."""
+    layout = placement.job.layout
+    axes = [axis for axis in AXES if layout.degree(axis) > 1]
+    table = _table(">rank", ">host", *(f">{axis}" for axis in axes))
+    for place in placement.places[:SHOWN_RANKS]:
+        table.add_row(str(place.rank), str(place.host), *(str(place.coordinates[axis]) for axis in axes))
+    hosts = placement.places[-1].host + 1
+    _print(f"{placement.job.name}: {layout.world} ranks on {hosts} host{'s' * (hosts > 1)} ({_degrees(layout)})", table)
+    if len(placement.places) > SHOWN_RANKS:
+        _print(f"and {len(placement.places) - SHOWN_RANKS} more; --json has all")
+    coordinates = layout.coordinates(rank)
+    table = _table("parameter", "whole", f"on rank {rank}", "split", "part")
+    for name, copies, spec in _unrepeated(placement):
+        split, part = "", "all"
+        if spec.split is not None:
+            start, end = spec.span(coordinates[spec.split.axis])
+            split, part = f"dim {spec.split.dim} over {spec.split.axis}", f"{start}:{end}"
+        whole, local = _shape(spec.shape), _shape(spec.local_shape)
+        table.add_row(name if copies == 1 else f"{name}  × {copies}", whole, local, split, part)
+    _print(table)
+
+
+def _unrepeated(placement: Placement) -> list[tuple[str, int, ParamSpec]]:
+    """(name with * for the block's number, how many there are, the first of them)."""
+    groups: dict[str, list[ParamSpec]] = {}
+    for spec in placement.specs:
+        groups.setdefault(re.sub(r"^layers\.\d+\.", "layers.*.", spec.name), []).append(spec)
+    return [(name, len(specs), specs[0]) for name, specs in groups.items()]
+
+
+def show_schemes(rows: Sequence[Row]) -> None:
+    """A row a scheme."""
+    table = _table(
+        "scheme", "splits", "operation", ">calls fwd", ">calls bwd", ">elements", ">sent", ">saved", "overlaps"
+    )
+    for row in rows:
+        calls = str(row.calls_forward), str(row.calls_backward)
+        sizes = f"{row.elements:,}", format_bytes(row.wire_bytes), format_bytes(row.saved_bytes)
+        table.add_row(row.scheme, row.splits, row.operation, *calls, *sizes, row.overlaps)
+    _print(table, "One block, one micro-batch, one rank; bf16, gradients float32. sent: under the ring algorithm.")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table(*columns: str) -> Table:
+    """`>` before a heading aligns its column right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    return table
+
+
+def _print(*parts: Table | str) -> None:
+    terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, width=None if terminal else PLAIN_WIDTH, highlight=False, markup=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def _degrees(layout: Layout) -> str:
+    return " × ".join(f"{axis} {layout.degree(axis)}" for axis in AXES if layout.degree(axis) > 1) or "one rank"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "?" if seconds is None else format_seconds(seconds)
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape))

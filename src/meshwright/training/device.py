@@ -1,0 +1,63 @@
+"""Which device a job runs on, and which device of the catalog that is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from meshwright.config.files import load_device
+from meshwright.config.tree import Device, Job
+from meshwright.errors import UserError
+
+_CATALOG_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
+"""Driver's name → catalog name, in full: an H100 PCIe has another peak than an H100 SXM, and must stay unknown."""
+
+
+def resolve_device(job: Job, *, planning: bool, local_ranks: int | None = None) -> Job:
+    """The job with a definite `training.device`.
+
+    `auto` becomes, for planning, the kind of the cluster's device (a TPU is accounted for like a GPU); for running,
+    CUDA if each of the `local_ranks` on this host (default: all ranks) has a GPU, else the CPU. Raises UserError where
+    a run asks for CUDA and this host has too few GPUs. Planning does not import torch.
+    """
+    asked = job.training.device
+    if planning:
+        planned: Literal["cpu", "cuda"] = "cpu" if job.cluster.device.kind == "cpu" else "cuda"
+        return _with_device(job, planned if asked == "auto" else asked)
+    if asked == "cpu":
+        return job
+    ranks, gpus = local_ranks or job.layout.world, _num_gpus()
+    if asked == "auto":
+        return _with_device(job, "cuda" if gpus >= ranks else "cpu")
+    if gpus < ranks:
+        raise UserError(
+            f"training.device = cuda, but this host has {gpus} GPUs for {ranks} ranks (each rank needs its own): "
+            f"use training.device cpu{f', or a layout of {gpus} ranks' if gpus else ''}"
+        )
+    return job
+
+
+def known_device() -> Device | None:
+    """The catalog's device that this process computes on; None for a CPU, and for a GPU it does not list."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = _CATALOG_NAMES.get(torch.cuda.get_device_name())
+    return load_device(name) if name else None
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _with_device(job: Job, device: Literal["cpu", "cuda"]) -> Job:
+    return replace(job, training=replace(job.training, device=device))

@@ -1,0 +1,109 @@
+"""One rank's program: join the others, build the model, take the steps, audit the second, evaluate on held-out text.
+
+Rank 0 reports (`training.progress`); what it does besides is seen by no collective, so all ranks take the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import torch
+
+from meshwright.account import StepAccount
+from meshwright.audit.recorder import Recorder
+from meshwright.comm.mesh import World
+from meshwright.config.tree import Job
+from meshwright.errors import UserError
+from meshwright.model.decoder import Norm
+from meshwright.parallel.tensor import IGNORE
+from meshwright.training.data import Text
+from meshwright.training.group import from_rank_0, joined
+from meshwright.training.process import Place, leave_if_asked
+from meshwright.training.progress import Outcome, Report
+from meshwright.training.run_folder import RunFolder
+from meshwright.training.schedule import learning_rate
+from meshwright.training.step import Batch, State, StepResult, step
+
+AUDITED_STEP = 1
+"""The second step: optimiser states exist."""
+
+
+def run(job: Job, place: Place, folder: RunFolder | None) -> None:
+    """Train a checked job to its end on this rank. Collective. Rank 0 brings the folder, the others learn it."""
+    with joined(job, place) as world:
+        text = Text.open(job, world.rank)
+        folder = _same_for_all(folder, text, world)
+        state = State.create(job, world)
+        if job.training.compile:
+            _compile(state)
+        report = Report(job, folder, world.device) if world.rank == 0 else None
+        with report or nullcontext():
+            for index in range(job.training.steps):
+                leave_if_asked()
+                outcome = _timed_step(index, state, text, world, report)
+                if report is not None:
+                    report.step(outcome)
+        if report is not None:
+            report.close()
+
+
+def _compile(state: State) -> None:
+    """Compile the norms; everything that communicates stays eager, so the ledger is the same.
+
+    Under a recorder torch runs eagerly what was compiled: the audited step is the eager one.
+    """
+    for module in state.model.modules():
+        if isinstance(module, Norm):
+            module.compile()
+
+
+def _same_for_all(folder: RunFolder | None, text: Text, world: World) -> RunFolder:
+    """Rank 0's folder, on every rank, once all read the same text: else each would train on a batch of its own."""
+    folder, fingerprint = from_rank_0((folder, text.corpus.fingerprint), world)
+    assert folder is not None
+    if fingerprint != text.corpus.fingerprint:
+        raise UserError(
+            f"training.data = {text.corpus.name} on rank {world.rank} is other text than on rank 0, of "
+            f"{text.corpus.num_bytes} bytes (all ranks must read the same): give every host the same files"
+        )
+    return folder
+
+
+def _timed_step(index: int, state: State, text: Text, world: World, report: Report | None) -> Outcome:
+    """One step from reading its data to knowing its loss; then, outside the clock, the evaluation that may be due."""
+    training = state.job.training
+    rate = learning_rate(training, index)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+    began = time.perf_counter()
+    batch = text.batch(index, world.device)
+    if report is not None and index == AUDITED_STEP:
+        result, account = audited_step(state, batch, world)
+        report.audited(account)
+    else:
+        result = step(state, batch, world)
+    loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
+    seconds = time.perf_counter() - began
+    due = index + 1 == training.steps or (training.heldout_every and (index + 1) % training.heldout_every == 0)
+    heldout_loss = evaluate(state, text, world) if due else None
+    return Outcome(index + 1, loss, grad_norm, rate, seconds, heldout_loss)
+
+
+def audited_step(state: State, batch: Batch, world: World) -> tuple[StepResult, StepAccount]:
+    """Take a step and account for it, on this rank."""
+    with Recorder() as recorder:
+        result = step(state, batch, world)
+    job = state.job
+    return result, StepAccount.of(recorder.trace(), source="run", rank=world.rank, world=job.layout.world, job=job.name)
+
+
+@torch.no_grad()
+def evaluate(state: State, text: Text, world: World) -> float:
+    """Mean token loss over the held-out sequences, in nats: the same for every layout. Collective."""
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for batch in text.heldout(world.device):
+        totals[0] += state.model(batch.tokens[0], batch.labels[0], batch.positions)
+        totals[1] += (batch.labels != IGNORE).sum()
+    total, count = world.gradient_axis.all_reduce(totals, site="heldout", phase="control").wait().tolist()
+    return total / count

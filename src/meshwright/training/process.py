@@ -1,0 +1,83 @@
+"""This process as one rank: what the launcher says of it, and how it leaves.
+
+The launcher's environment is read here and nowhere else. torch is not imported, so that signals are handled before
+anything slow begins. A rank leaves in one of these ways:
+
+    the end             the process group is taken down, exit code 0
+    SIGTERM, SIGINT     `Ended` is raised wherever the rank is, exit code 128 + signal, no traceback
+    a peer is lost      a collective fails; the launcher knows the culprit and is ending everybody, so wait for its
+                        SIGTERM and stay silent, or say in one line what failed if it does not come
+    the launcher dies   the kernel ends the rank (Linux), for nobody else would
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PEER_GRACE_SECONDS = 5.0
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the launcher put this rank. `launched` is false for a process started without one."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    launched: bool = False
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Place:
+        """Read the variables that torch's launcher sets."""
+        if "RANK" not in environment:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, world, local_rank, local_world = (int(environment[name]) for name in names)
+        return cls(rank, world, local_rank, local_world, launched=True)
+
+
+class Ended(BaseException):
+    """A signal asked this rank to leave."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+_signal: int | None = None
+"""The first signal that came. Kept, because an exception raised inside a destructor is lost."""
+
+
+def end_on_signals() -> None:
+    """From now on SIGTERM and SIGINT raise `Ended`, and the rank does not outlive its launcher."""
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)
+    if Place.of(os.environ).launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    global _signal
+    _signal = _signal or number
+    raise Ended(_signal)
+
+
+def leave_if_asked() -> None:
+    """Raise `Ended` if a signal came and its exception was lost."""
+    if _signal is not None:
+        raise Ended(_signal)
+
+
+def wait_to_be_ended() -> None:
+    """After a collective failed: give the launcher time to end this rank, by `Ended`."""
+    leave_if_asked()
+    time.sleep(PEER_GRACE_SECONDS)

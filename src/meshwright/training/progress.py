@@ -1,0 +1,122 @@
+"""What rank 0 shows and writes while it trains: a line a step, metrics.jsonl, a progress bar, the verdict."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from meshwright.account import StepAccount, Timeline
+from meshwright.config.tree import Job
+from meshwright.planner.estimate import mfu
+from meshwright.training import agreement, metrics
+from meshwright.training.device import known_device
+from meshwright.training.metrics import MetricsFile, StepMetrics
+from meshwright.training.run_folder import RunFolder
+
+
+class Outcome(NamedTuple):
+    """One step as the loop saw it; `number` counts from 1."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    seconds: float
+    heldout_loss: float | None = None
+
+
+@dataclass
+class Report:
+    """Rank 0's record of a run; use as a context manager around the loop."""
+
+    job: Job
+    folder: RunFolder
+    device: torch.device
+    run: StepAccount | None = None
+    _seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._file = MetricsFile(self.folder.metrics_file)
+        self._catalog_device = known_device() if self.device.type == "cuda" else None
+        self._console = Console(highlight=False, soft_wrap=True)
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("train", total=self.job.training.steps)
+
+    def __enter__(self) -> Report:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+    def audited(self, account: StepAccount) -> None:
+        """Take the account of the audited step; what its device needs for MFU is known from here on."""
+        self.run = account
+        self.folder.write_account("run", account)
+
+    def step(self, outcome: Outcome) -> None:
+        """Write and show one step."""
+        training = self.job.training
+        self._seconds.append(outcome.seconds)
+        line = StepMetrics(
+            step=outcome.number,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            tokens_per_s=metrics.tokens_per_second(training, outcome.seconds),
+            mfu=self._mfu(outcome.seconds),
+            memory_bytes=metrics.memory_bytes(self.device),
+            heldout_bits_per_byte=None if outcome.heldout_loss is None else metrics.bits_per_byte(outcome.heldout_loss),
+        )
+        self._file.write(line)
+        self._bar.update(self._task, completed=outcome.number)
+        self._say(step_line(line, training.steps, outcome.learning_rate))
+
+    def close(self) -> None:
+        """After the last step: what was predicted beside what was measured, and whether the ledgers agree."""
+        if self.run is None:
+            self._say(
+                "ledger: not compared, because the second step is the one that is audited: use training.steps 2 or more"
+            )
+            return
+        self.run = replace(self.run, timeline=Timeline(self.typical_seconds()), time_model="measured")
+        self.folder.write_account("run", self.run)
+        names = {"formula": "plan", "rehearsal": "rehearsal", "run": "run"}
+        accounts = {source: self.folder.read_account(name) for source, name in names.items()}
+        allocated = metrics.memory_bytes(self.device) if self.device.type == "cuda" else None
+        self._say("", agreement.comparison_table(accounts, memory_bytes=allocated), "", agreement.ledger_line(accounts))
+
+    def typical_seconds(self) -> float:
+        """Median seconds of a step, without the first, which warms up, and the second, which is audited."""
+        return statistics.median(self._seconds[2:] or self._seconds)
+
+    def _mfu(self, seconds: float) -> float | None:
+        if self.run is None:
+            return None
+        return mfu(self.run.work, seconds, self._catalog_device, self.job.training.precision)
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            self._console.print(line, markup=False)
+        self._console.file.flush()
+
+
+def step_line(line: StepMetrics, steps: int, learning_rate: float) -> str:
+    """One step for people."""
+    parts = [
+        f"step {line.step:>{len(str(steps))}}/{steps}",
+        f"loss {line.loss:.4f}",
+        f"grad norm {line.grad_norm:.3f}",
+        f"lr {learning_rate:.2e}",
+        f"{line.tokens_per_s:,.0f} tok/s",
+    ]
+    if line.mfu is not None:
+        parts.append(f"MFU {line.mfu:.1%}")
+    if line.heldout_bits_per_byte is not None:
+        parts.append(f"held out {line.heldout_bits_per_byte:.3f} bits/byte")
+    return "  ".join(parts)

@@ -1,0 +1,123 @@
+"""Norms, rotary embedding, positions and activations: outputs and every gradient against plain formulas."""
+
+import math
+
+import pytest
+import torch
+from reference.precision import assert_exact, assert_within_twice
+
+from meshwright.kernels import pointwise
+
+B, S, E, P, N, D = 3, 5, 16, 9, 2, 8
+EPS = 1e-3
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+def plain_rms_norm(x, w):
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + EPS) * w, x * 1
+
+
+def plain_layer_norm(x, w, b=0.0):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + EPS) * w + b, x * 1
+
+
+def ours_rope(x, positions):
+    return pointwise.rope(x, pointwise.rope_tables(positions, D, 100.0, pointwise.accumulation_dtype(x.dtype)))
+
+
+def plain_rope(x, positions):
+    frequencies = torch.tensor([100.0 ** (-2 * j / D) for j in range(D // 2)], dtype=torch.float64)
+    angles = positions.double()[:, None, None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., : D // 2], x[..., D // 2 :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def plain_gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+x, w, b = randn(B, S, E), randn(E), randn(E, seed=1)
+heads, positions = randn(B, S, N, D), torch.tensor([0, 1, 5, 2, 7])
+
+OPERATIONS = {
+    "rms_norm": (lambda x, w: pointwise.rms_norm(x, w, EPS), plain_rms_norm, (x, w), (1,)),
+    "rms_norm without residual": (
+        lambda x, w: pointwise.rms_norm(x, w, EPS)[0],
+        lambda x, w: plain_rms_norm(x, w)[0],
+        (x, w),
+        (1,),
+    ),
+    "layer_norm": (lambda x, w, b: pointwise.layer_norm(x, w, b, EPS), plain_layer_norm, (x + 2, w, b), (1, 2)),
+    "layer_norm without bias": (
+        lambda x, w: pointwise.layer_norm(x, w, None, EPS)[0],
+        lambda x, w: plain_layer_norm(x, w)[0],
+        (x, w),
+        (1,),
+    ),
+    "rope": (ours_rope, plain_rope, (heads, positions), ()),
+    "add_positions": (
+        pointwise.add_positions,
+        lambda x, table, p: x + table[p],
+        (x, randn(P, E), positions),
+        (1,),
+    ),
+    "gated_silu": (pointwise.gated_silu, lambda g, u: g * torch.sigmoid(g) * u, (x, randn(B, S, E, seed=2)), ()),
+    "gelu": (pointwise.gelu, plain_gelu, (x,), ()),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_float64(name):
+    ours, plain, inputs, _ = OPERATIONS[name]
+    assert_exact(ours, plain, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_twice_the_error_of_plain_pytorch(name, dtype):
+    ours, plain, inputs, masters = OPERATIONS[name]
+    assert_within_twice(ours, plain, inputs, dtype, masters)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_inputs_and_output_gradients_stay(name):
+    """Work in place is done on tensors of our own."""
+    ours, _, inputs, _ = OPERATIONS[name]
+    leaves = [v.clone().requires_grad_(v.is_floating_point()) for v in inputs]
+    outputs = ours(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    dys = [torch.randn_like(y) for y in outputs]
+    before = [dy.clone() for dy in dys]
+    torch.autograd.backward(outputs, dys)
+    assert all(torch.equal(leaf, value) for leaf, value in zip(leaves, inputs, strict=True))
+    assert all(torch.equal(dy, copy) for dy, copy in zip(dys, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes(dtype):
+    """Outputs and input gradients in the compute dtype, parameter gradients in the parameter's."""
+    leaf, weight = x.to(dtype).requires_grad_(), w.float().requires_grad_()
+    for ours in (
+        lambda: pointwise.rms_norm(leaf, weight, EPS),
+        lambda: pointwise.layer_norm(leaf, weight, weight, EPS),
+    ):
+        h, residual = ours()
+        assert h.dtype == residual.dtype == dtype
+        dx, dw = torch.autograd.grad((h.sum(), residual.sum()), (leaf, weight))
+        assert (dx.dtype, dw.dtype) == (dtype, torch.float32)
+
+
+def test_rope_turns_by_distance_only():
+    """Scores of queries and keys depend on the difference of their positions."""
+    q, k = randn(1, S, 1, D), randn(1, S, 1, D, seed=1)
+    near, far = torch.arange(S), torch.arange(S) + 1000
+
+    def scores(positions):
+        return torch.einsum("bsnd,btnd->bst", ours_rope(q, positions), ours_rope(k, positions))
+
+    assert torch.allclose(scores(near), scores(far), rtol=0, atol=1e-11)

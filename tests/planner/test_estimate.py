@@ -1,0 +1,147 @@
+"""Time by formula: tiers, sums by hand, and what is not known stays unknown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.account import Compute, Issue, LedgerKey, StepAccount, Trace, Work
+from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, Link, Training
+from meshwright.planner.estimate import call_seconds, estimate, mfu, tier
+
+DEVICE = Device(name="toy", kind="cuda", peak_flops={"bf16": 1000.0})
+CLUSTER = Cluster(device=DEVICE, devices_per_host=8, intra=Link(1.0, 100.0), inter=Link(2.0, 10.0, links=6))
+
+
+def toy(layout: Layout, *events: Compute | Issue, cluster: Cluster = CLUSTER) -> tuple[StepAccount, Job]:
+    job = Job(layout=layout, cluster=cluster, training=Training(precision="bf16"))
+    account = StepAccount.of(Trace(events), source="formula", rank=0, world=layout.world)
+    return estimate(account, job), job
+
+
+def test_a_step_is_the_sum_of_its_parts() -> None:
+    """2 hosts of 8. Forward 5000 FLOPs at half of 1000/s: 10 s. Backward 10000: 20 s.
+
+    Forward all-reduce over tensor 8 of 800 B: 2·7/8·800 = 1400 B at 100 B/s + 1 s = 15 s.
+    Backward two all-reduces over replicate 2 of 30 B: 2·1/2·30 = 30 B at 10 B/s + 2 s = 5 s each. Together 55 s.
+    """
+    gradient = Issue("all_reduce", "replicate", 2, "float32", 30, "backward", "w", 2)
+    account, _ = toy(
+        Layout(replicate=2, tensor=8),
+        Compute("matmul", 5000, 0, "forward", ""),
+        Issue("all_reduce", "tensor", 8, "bfloat16", 800, "forward", "x", 1),
+        Compute("matmul", 10000, 0, "backward", ""),
+        gradient,
+        gradient._replace(ticket=3),
+    )
+    assert account.time_model == "sum"
+    assert account.timeline.step_seconds == pytest.approx(55)
+    assert account.timeline.exposed_seconds == pytest.approx({"tensor": 15, "replicate": 10})
+    spans = account.timeline.spans
+    assert [(s.lane, s.phase, round(s.start_seconds), round(s.end_seconds)) for s in spans] == [
+        ("compute", "forward", 0, 10),
+        ("tensor:intra", "forward", 10, 25),
+        ("compute", "backward", 25, 45),
+        ("replicate:inter", "backward", 45, 55),
+    ]
+
+
+def test_of_a_torus_one_link_counts() -> None:
+    key = LedgerKey("shift", "ring", 4, "forward", "", "bfloat16", 100)
+    assert call_seconds(key, replace(CLUSTER.inter, links=1)) == call_seconds(key, CLUSTER.inter) == 2 + 100 / 10
+
+
+def test_without_a_peak_there_is_no_time() -> None:
+    unknown = replace(CLUSTER, device=replace(DEVICE, peak_flops={"float32": 1.0}))
+    account, _ = toy(Layout(), Compute("matmul", 1, 0, "forward", ""), cluster=unknown)
+    assert (account.timeline.step_seconds, account.timeline.spans) == (None, ())
+
+
+def test_without_a_bandwidth_there_is_no_time() -> None:
+    unknown = replace(CLUSTER, inter=Link())
+    issue = Issue("all_reduce", "replicate", 16, "float32", 8, "backward", "w", 1)
+    account, _ = toy(Layout(replicate=16), issue, cluster=unknown)
+    assert account.timeline.step_seconds is None
+
+
+def test_a_link_that_nobody_uses_may_be_unknown() -> None:
+    issue = Issue("all_reduce", "tensor", 8, "float32", 8, "backward", "w", 1)
+    account, _ = toy(Layout(tensor=8), issue, cluster=replace(CLUSTER, inter=Link()))
+    assert account.timeline.step_seconds is not None
+
+
+@pytest.mark.parametrize(
+    ("axis", "size", "layout", "expected"),
+    [
+        ("tensor", 8, Layout(tensor=8, replicate=8), "intra"),
+        ("replicate", 8, Layout(tensor=8, replicate=8), "inter"),
+        ("tensor", 16, Layout(tensor=16), "inter"),
+        ("tensor", 4, Layout(tensor=16), "intra"),  # a subgroup of neighbours, such as shared KV heads
+        ("replicate", 4, Layout(replicate=4, tensor=2), "intra"),
+        ("tensor", 3, Layout(tensor=3, replicate=4), "inter"),  # ranks 6, 7, 8 are on two hosts
+        ("tensor", 3, Layout(tensor=3, replicate=2), "intra"),  # but six ranks have one host
+        ("shard*ring", 8, Layout(replicate=2, shard=4, ring=2), "intra"),
+        ("shard*ring", 8, Layout(shard=4, ring=2, tensor=2), "inter"),
+        ("?", 2, Layout(replicate=16), "inter"),
+    ],
+)
+def test_tier(axis: str, size: int, layout: Layout, expected: str) -> None:
+    assert tier(axis, size, layout, CLUSTER) == expected
+
+
+@given(
+    st.lists(st.integers(1, 4), min_size=6, max_size=6).filter(lambda degrees: math.prod(degrees) <= 256),
+    st.integers(1, 12),
+    st.sampled_from(AXES),
+)
+def test_tier_is_where_the_ranks_are(degrees: list[int], per_host: int, axis: str) -> None:
+    """Against the definition: list every group and look at the hosts of its ranks."""
+    layout = Layout(**dict(zip(AXES, degrees, strict=True)))
+    if layout.degree(axis) == 1:
+        return
+    groups: dict[tuple[tuple[str, int], ...], set[int]] = {}
+    for rank in range(layout.world):
+        others = tuple((a, c) for a, c in layout.coordinates(rank).items() if a != axis)
+        groups.setdefault(others, set()).add(rank // per_host)
+    expected = "intra" if all(len(hosts) == 1 for hosts in groups.values()) else "inter"
+    assert tier(axis, layout.degree(axis), layout, replace(CLUSTER, devices_per_host=per_host)) == expected
+
+
+@given(st.lists(st.tuples(st.sampled_from(["forward", "backward"]), st.integers(0, 10**9)), max_size=8))
+def test_spans_tile_the_step(parts: list[tuple[str, int]]) -> None:
+    events = [Compute("matmul", flops, 0, phase, "") for phase, flops in parts]
+    events += [Issue("all_reduce", "tensor", 4, "float32", n, phase, "s", i + 1) for i, (phase, n) in enumerate(parts)]
+    account, _ = toy(Layout(tensor=4), *events)
+    edges = [0.0]
+    for span in account.timeline.spans:
+        assert span.start_seconds == edges[-1] <= span.end_seconds
+        edges.append(span.end_seconds)
+    assert edges[-1] == account.timeline.step_seconds
+
+
+def test_mfu_counts_the_models_flops_only() -> None:
+    """Forward 100 + 20, so the model needs 360; the 70 that attention's backward recomputes are not the model's."""
+    work = Work.of(
+        Trace(
+            (
+                Compute("matmul", 100, 0, "forward", ""),
+                Compute("attention", 20, 0, "forward", ""),
+                Compute("elementwise", 5, 0, "forward", ""),
+                Compute("matmul", 200, 0, "backward", ""),
+                Compute("attention", 70, 0, "backward", ""),
+            )
+        )
+    )
+    assert work.model_flops == 360
+    assert mfu(work, 2.0, DEVICE, "bf16") == pytest.approx(360 / 2000)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "device", "precision"), [(None, DEVICE, "bf16"), (2.0, None, "bf16"), (2.0, DEVICE, "float32")]
+)
+def test_mfu_of_the_unknown_is_unknown(seconds: float | None, device: Device | None, precision: str) -> None:
+    assert mfu(Work({}), seconds, device, precision) is None

@@ -1,0 +1,54 @@
+"""Loss curves: the same for every layout, from the same seed, on data with missing labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import ranked_curves
+from jobs import LAYOUTS, tiny_job
+
+from meshwright.comm.ranks import Ranks
+from meshwright.config.tree import Job, Layout
+
+STEPS = 20
+
+
+@cache
+def one_device(model: str) -> tuple[float, ...]:
+    return tuple(ranked_curves.losses(_job(model, Layout()), STEPS))
+
+
+def _job(model: str, layout: str | Layout, accumulation: int = 1) -> Job:
+    return tiny_job(model, layout, accumulation=accumulation, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
+@pytest.mark.parametrize("model", ["grouped_query", "odd_vocabulary"])
+def test_losses_equal_those_of_one_device(
+    ranks: Callable[[int], Ranks], model: str, layout: str, accumulation: int
+) -> None:
+    expected = one_device(model)
+    assert expected[-1] <= 0.9 * expected[0], "the curve must fall to prove anything"
+    job = _job(model, layout, accumulation)
+    for losses in ranks(job.layout.world).run(ranked_curves.losses, job, STEPS):
+        assert losses == pytest.approx(expected, rel=2e-6, abs=0)
+
+
+def test_initial_weights_do_not_depend_on_the_layout(ranks: Callable[[int], Ranks]) -> None:
+    (whole,) = [ranked_curves.full_parameters(_job("odd_vocabulary", Layout()))]
+    for layout in ("tensor2", "replicate2xtensor2", "tensor4"):
+        job = _job("odd_vocabulary", layout)
+        parts = ranks(job.layout.world).run(ranked_curves.local_parameters, job)
+        for name, full in ranked_curves.assembled(job, parts).items():
+            assert full.equal(whole[name]), name
+
+
+def test_initialisation_holds_one_full_parameter_at_most(ranks: Callable[[int], Ranks]) -> None:
+    job = _job("grouped_query", "tensor4")
+    for peak, local, largest in ranks(4).run(ranked_curves.memory_of_building, job):
+        assert local < peak <= local + 2 * largest, (
+            "its own slices, one full parameter, and the slice being cut from it"
+        )

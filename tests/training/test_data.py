@@ -1,0 +1,149 @@
+"""Data: what is read, what is held out, and that no layout changes it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training.tiny import MODEL, job, write_text
+
+from meshwright.config.tree import Job, Layout
+from meshwright.errors import UserError
+from meshwright.parallel.tensor import IGNORE
+from meshwright.training.data import Corpus, Text
+from meshwright.training.shard import local_sequences
+
+LAYOUTS = [
+    Layout(replicate=r, shard=s, tensor=t) for r, s, t in itertools.product((1, 2, 4), (1, 2), (1, 2)) if r * s < 8
+]
+
+
+def sequences(text: Text, step: int) -> dict[bytes, int]:
+    """The tokens and labels of a rank's batch, counted."""
+    batch = text.batch(step)
+    rows = torch.stack((batch.tokens, batch.labels)).flatten(1, 2).unbind(1)
+    counted: dict[bytes, int] = {}
+    for row in rows:
+        counted[row.numpy().tobytes()] = counted.get(row.numpy().tobytes(), 0) + 1
+    return counted
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_micro_batch_is_divided_once(layout: Layout, accumulation: int) -> None:
+    ranks = [layout.coordinates(rank) for rank in range(0, layout.world, layout.tensor)]
+    parts = [local_sequences(job(layout, accumulation=accumulation), coordinates) for coordinates in ranks]
+    size = 8 // accumulation
+    for index, micro_batch in enumerate(zip(*parts, strict=True)):
+        assert sorted(itertools.chain(*micro_batch)) == list(range(index * size, (index + 1) * size))
+
+
+def test_tensor_ranks_share_their_part() -> None:
+    layout = Layout(replicate=2, tensor=4)
+    parts = [local_sequences(job(layout), layout.coordinates(rank)) for rank in range(8)]
+    assert parts == [[range(4)]] * 4 + [[range(4, 8)]] * 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("layout", [Layout(replicate=2), Layout(shard=2, tensor=2), Layout(tensor=2)], ids=str)
+def test_the_global_batch_is_the_same_for_every_layout(tmp_path: Path, layout: Layout, accumulation: int) -> None:
+    data = write_text(tmp_path / "text")
+    whole = sequences(Text.open(job(data=data)), step=7)
+    parts: dict[bytes, int] = {}
+    for rank in range(0, layout.world, layout.tensor):
+        text = Text.open(job(layout, data=data, accumulation=accumulation), rank)
+        assert text.batch(7).tokens.shape == (accumulation, 8 // layout.batch_ranks // accumulation, 16)
+        for row, count in sequences(text, step=7).items():
+            parts[row] = parts.get(row, 0) + count
+    assert parts == whole
+
+
+def test_order_depends_on_seed_and_step_only(tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text")
+    batch = Text.open(job(data=data)).batch(3)
+    assert torch.equal(Text.open(job(data=data)).batch(3).tokens, batch.tokens)
+    assert not torch.equal(Text.open(job(data=data)).batch(4).tokens, batch.tokens)
+    assert not torch.equal(Text.open(job(data=data, seed=1)).batch(3).tokens, batch.tokens)
+
+
+def test_labels_are_the_next_bytes_and_never_held_out(tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text", 400)  # 380 to train on: some sequence must come close to the end
+    text, content = Text.open(job(data=data)), Path(data).read_bytes()
+    for step in range(50):
+        batch = text.batch(step)
+        for tokens, labels in zip(batch.tokens[0], batch.labels[0], strict=True):
+            assert bytes(tokens.tolist() + labels[-1:].tolist()) in content[:380]
+            assert torch.equal(tokens[1:], labels[:-1])
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(replicate=2), Layout(replicate=4, tensor=2)], ids=str)
+def test_heldout_set_is_the_same_for_every_layout(tmp_path: Path, layout: Layout) -> None:
+    data = write_text(tmp_path / "text")
+    labelled = []
+    for rank in range(0, layout.world, layout.tensor):
+        for batch in Text.open(job(layout, data=data), rank).heldout():
+            labelled += [row.tolist() for row in batch.labels[0] if (row != IGNORE).all()]
+    content = Path(data).read_bytes()
+    expected = [list(content[3800 + s * 183 // 4 :][1:17]) for s in range(5)]
+    assert len(labelled) == 5
+    assert sorted(labelled) == sorted(expected)
+
+
+def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "c.txt").write_text("third")
+    (tmp_path / "a.txt").write_text("first ")
+    (tmp_path / "b" / "x.md").write_bytes(b"s\xe9cond ")
+    (tmp_path / "b" / "image").write_bytes(b"PNG\0")
+    (tmp_path / "empty").touch()
+    (tmp_path / ".git" / "config").write_text("hidden")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    corpus = Corpus.open(str(tmp_path))
+    assert corpus.read(0, corpus.num_bytes).tobytes() == b"first s\xe9cond third"
+    assert corpus.read(5, 3).tobytes() == b" s\xe9"
+
+
+def test_the_fingerprint_is_of_the_text_not_of_its_place(tmp_path: Path) -> None:
+    for name, size in (("one", 400), ("two", 400), ("three", 401)):
+        (tmp_path / name).mkdir()
+        write_text(tmp_path / name / "text", size)
+    one, two, three = (Corpus.open(str(tmp_path / name)).fingerprint for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def test_the_default_is_the_standard_library() -> None:
+    corpus = Corpus.open("")
+    assert corpus.num_bytes > 1_000_000
+    assert {file.suffix for file in corpus.files} == {".py"}
+    assert not [file for file in corpus.files if {"site-packages", "test"} & set(file.parts)]
+
+
+def message(job: Job) -> str:
+    with pytest.raises(UserError) as caught:
+        Text.open(job)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_path(tmp_path: Path) -> None:
+    assert f"{tmp_path}/nowhere does not exist" in message(job(data=f"{tmp_path}/nowhere"))
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "holds 0 bytes of text" in message(job(data=str(tmp_path)))
+
+
+def test_a_corpus_shorter_than_a_sequence(tmp_path: Path) -> None:
+    error = message(job(data=write_text(tmp_path / "text", 200)))
+    assert "200 bytes, 190 to train on and 10 held out" in error
+    assert error.endswith("training.seq_len + 1 = 17: use at least 340 bytes or training.seq_len up to 9")
+    assert Text.open(job(data=write_text(tmp_path / "text", 340)))
+
+
+def test_a_vocabulary_smaller_than_a_byte(tmp_path: Path) -> None:
+    data = write_text(tmp_path / "text")
+    assert "model.vocab_size = 100 is below 256" in message(job(model=replace(MODEL, vocab_size=100), data=data))
