@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshwright import audit as audit
+    from meshwright.audit.context import audit as audit
     from meshwright.rehearsal.context import rehearse as rehearse
 
 __version__ = "0.1.0"

@@ -107,6 +107,16 @@ def test_shrinking_keeps_what_divides() -> None:
         assert needed_memory(small) < 100e6 < needed_memory(job)
 
 
+def test_a_large_model_is_verified_shrunk(ranks: Pool) -> None:
+    from meshwright.config.files import load_job
+
+    job = replace(load_job("llama3-8b"), layout=Layout(replicate=2, tensor=2))
+    report = verify(job, processes=4, shrink=True, ranks=ranks(4))
+    assert report.agree, report.text()
+    with pytest.raises(UserError, match="--processes 3 is not the product of the degrees"):
+        verify(job, processes=3, shrink=True)
+
+
 def test_a_model_too_large_is_refused_with_the_bytes() -> None:
     job = tiny_job()
     needed = needed_memory(job)

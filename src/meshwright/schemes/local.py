@@ -116,6 +116,11 @@ class AttentionCore:
         return self.kernel != "flash" and self.sizes.H != self.sizes.K
 
     @property
+    def expanded_bytes(self) -> int:
+        """Bytes of an expanded k, and of v; one head is repeated by its stride alone, without a copy."""
+        return self.q_bytes if self.expands and self.sizes.K > 1 else 0
+
+    @property
     def q_bytes(self) -> int:
         """Bytes of q, of out, and of an expanded k or v."""
         return self.sizes.N * self.sizes.H * self.sizes.D * self.sizes.c
@@ -140,13 +145,13 @@ class AttentionCore:
 
     def forward(self, tape: Tape) -> None:
         """Makes out (saved) from q, k and v (saved by whoever made them)."""
-        with tape.holding(2 * self.q_bytes * self.expands):
+        with tape.holding(2 * self.expanded_bytes):
             tape.save(self.q_bytes + self.lse_bytes)
             tape.attention(self.flops(2), 2 * self.q_bytes + 2 * self._read_kv + self.lse_bytes)
 
     def backward(self, tape: Tape) -> None:
         """Frees dout, releases q, k, v, out; makes dq, dk, dv."""
-        with tape.holding(2 * self.q_bytes * self.expands):
+        with tape.holding(2 * self.expanded_bytes):
             tape.alloc(self.q_bytes + 2 * self._read_kv)
             tape.attention(self.flops(5), 4 * self.q_bytes + 4 * self._read_kv + self.lse_bytes)
             if self.expands:

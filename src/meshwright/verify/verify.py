@@ -26,7 +26,8 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
     """
     if processes is not None:
         check_processes(job.layout, processes)
-    job = replace(shrink_job(job) if shrink else job, training=replace(job.training, device="cpu", compile=False))
+    job = shrink_job(job) if shrink else job
+    job = replace(job, training=replace(job.training, device="cpu", compile=False))
     check_memory(job, available_memory())
     if ranks is not None:
         return verify_on(job, ranks)
