@@ -71,7 +71,7 @@ def test_sizes_change_formula_rehearsal_and_run_alike(
 @pytest.mark.parametrize("kv_heads", [8, 4, 2])
 @pytest.mark.parametrize(("d_ff", "vocab_size"), [(704, 300), (16, 16)], ids=["peak elsewhere", "peak in attention"])
 def test_formula_equals_rehearsal_for_the_kernels_of_each_device(
-    device: str, precision: str, kv_heads: int, d_ff: int, vocab_size: int
+    device: Literal["cpu", "cuda"], precision: Precision, kv_heads: int, d_ff: int, vocab_size: int
 ) -> None:
     """A rehearsal calls the kernels of the job's device, so what a GPU would save is checked without one."""
     model = Model(layers=2, d_model=64, d_ff=d_ff, heads=8, kv_heads=kv_heads, head_dim=64, vocab_size=vocab_size)
