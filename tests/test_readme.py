@@ -47,7 +47,7 @@ def test_make_targets_exist(command: str) -> None:
 
 def test_make_run_trains_and_reports_agreement(tmp_path: Path) -> None:
     """The recipe of `make run`, with fewer steps."""
-    recipe = run(["make", "run", "--dry-run"], ROOT).splitlines()[-1]
+    recipe = run(["make", "run", "--dry-run", "--no-print-directory"], ROOT).splitlines()[-1]
     assert recipe.startswith(".venv/bin/meshwright train quickstart")
     program, *arguments = shlex.split(recipe)
     shortened = ["--training.steps", "3", "--training.heldout_sequences", "2"]
