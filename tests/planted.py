@@ -128,3 +128,9 @@ def every_axis_right(model: Decoder, world: World) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "axis", None), Axis):
             module.axis = replace(module.axis)
+
+
+def not_a_number(model: Decoder, world: World) -> None:
+    """One weight of the first MLP is NaN on every rank."""
+    with torch.no_grad():
+        model.get_parameter("layers.0.mlp.up.weight")[0, 0] = torch.nan

@@ -10,6 +10,8 @@ import ranked_steps
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 
 import meshwright
 from meshwright.account import Ledger, StepAccount, diff_ledgers
@@ -145,3 +147,52 @@ def test_an_unknown_collective_is_not_skipped_silently(monkeypatch: pytest.Monke
     refused = pytest.raises(NotImplementedError, match=r"does not know the collective c10d\.allreduce_")
     with refused, meshwright.rehearse(world=2):
         dist.all_reduce(torch.zeros(1))
+
+
+def test_sparse_gradients_are_counted_by_their_parts() -> None:
+    table = nn.Embedding(50, 4, sparse=True)
+    with meshwright.audit() as a:
+        table(torch.tensor([1, 2, 3])).sum().backward()
+    assert a.account.footprint.bytes["parameters"] == 50 * 4 * 4
+    assert 0 < a.account.footprint.bytes["gradients"] < 50 * 4 * 4
+
+
+def test_an_optimiser_that_fails_does_not_swallow_the_next_forward() -> None:
+    layer = nn.Linear(4, 4)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def failing() -> float:
+        raise ValueError("planted")
+
+    with meshwright.audit() as a:
+        with pytest.raises(ValueError, match="planted"):
+            optimiser.step(failing)
+        layer(torch.ones(2, 4)).sum().backward()
+    assert a.account.work.flops(phase="optimiser") == 0
+    assert a.account.work.flops(phase="forward") == 2 * 2 * 4 * 4
+
+
+def test_products_with_vectors_count() -> None:
+    with meshwright.audit() as a:
+        (torch.ones(3, 5) @ torch.ones(5)) @ torch.ones(3)
+    assert a.account.work.flops(kind="matmul") == 2 * 3 * 5 + 2 * 3
+
+
+@pytest.mark.parametrize("world", [0, -1, "4", 2.5])
+def test_a_world_that_is_no_number_of_ranks_is_refused(world: object) -> None:
+    with (
+        pytest.raises(UserError, match="is not a number of ranks: use 1 or more"),
+        meshwright.rehearse(world=world),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+def test_meshes_made_in_a_rehearsal_have_real_ranks() -> None:
+    with meshwright.rehearse(world=8, rank=5):
+        mesh = DeviceMesh("cpu", [[0, 1, 2, 3], [4, 5, 6, 7]], mesh_dim_names=("a", "b"))
+        assert mesh.mesh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert mesh["b"].mesh.tolist() == [4, 5, 6, 7]
+        with unset_fake_temporarily():
+            assert torch.ones(2).sum().item() == 2
+        with pytest.raises(UserError, match="give it a nested list, or use init_device_mesh"):
+            DeviceMesh("cpu", torch.arange(8))

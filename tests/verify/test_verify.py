@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from jobs import tiny_job
-from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_axis_right, wrong_divisor
+from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_axis_right, not_a_number, wrong_divisor
 
 from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Layout
@@ -104,7 +112,7 @@ def test_shrinking_keeps_what_divides() -> None:
         assert small.model.vocab_size % tensor == job.model.vocab_size % tensor
         assert (small.model.kv_heads < tensor) == (job.model.kv_heads < tensor)
         assert (small.model.kv_heads < small.model.heads) == (job.model.kv_heads < job.model.heads)
-        assert needed_memory(small) < 100e6 < needed_memory(job)
+        assert needed_memory(small) < 8e9 < needed_memory(job)
 
 
 def test_a_large_model_is_verified_shrunk(ranks: Pool) -> None:
@@ -124,3 +132,40 @@ def test_a_model_too_large_is_refused_with_the_bytes() -> None:
     with pytest.raises(UserError, match=rf"needs about .* \({needed} bytes\)") as error:
         check_memory(job, needed - 1)
     assert "--shrink" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2)], ids=["one device", "tensor 2"])
+def test_a_batch_of_one_sequence_agrees(ranks: Pool, layout: Layout) -> None:
+    """Slices of a single sequence are views of one storage: labels must not write into tokens."""
+    report = verify(tiny_job(layout=layout, batch=1), ranks=ranks(layout.world))
+    assert report.agree, report.text()
+
+
+def test_what_is_not_a_number_is_reported_as_json(ranks: Pool) -> None:
+    report = verify_on(tiny_job(layout="tensor2"), ranks(2), not_a_number)
+    assert not report.agree
+    assert report.first_difference is not None
+    assert (report.first_difference.module, report.first_difference.error) == ("layers.0.mlp", math.inf)
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_an_interrupt_ends_all_ranks_quietly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "meshwright", "verify", "quickstart", "--layout.tensor", "2"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, cwd=tmp_path
+    )
+    time.sleep(4)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert any(_is_gone(process.pid) for _ in range(100)), "somebody of the group is left"
+
+
+def _is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    time.sleep(0.1)
+    return False

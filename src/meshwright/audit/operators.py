@@ -25,9 +25,12 @@ class Call(NamedTuple):
 
 
 def tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """The tensors in an argument tree of lists, tuples and tensors."""
+    """The tensors that have a storage in an argument tree of lists, tuples and tensors; a sparse one has two."""
     if isinstance(tree, torch.Tensor):
-        yield tree
+        if tree.layout == torch.strided:
+            yield tree
+        elif tree.layout == torch.sparse_coo:
+            yield from (tree._indices(), tree._values())
     elif isinstance(tree, list | tuple):
         for leaf in tree:
             yield from tensors(leaf)
@@ -130,6 +133,9 @@ _MATMULS = {
     "aten.bmm": (0, 1),
     "aten.baddbmm": (1, 2),
     "aten.baddbmm_": (1, 2),
+    "aten.mv": (0, 1),
+    "aten.addmv": (1, 2),
+    "aten.dot": (0, 1),
 }
 """Which arguments are multiplied."""
 
@@ -151,7 +157,7 @@ def kind_and_flops(func: Any, args: tuple[Any, ...]) -> tuple[str, int]:
     name = str(func.overloadpacket)
     if name in _MATMULS:
         a, b = (args[i] for i in _MATMULS[name])
-        return "matmul", 2 * a.numel() * b.shape[-1]
+        return "matmul", 2 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
     if name in _ATTENTION:
         at = 1 if name.endswith("backward") else 0  # backward operators take the gradient of the output first
         q, k = args[at], args[at + 1]

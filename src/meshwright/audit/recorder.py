@@ -175,12 +175,10 @@ class Recorder(torch_private.TorchDispatchMode):
         in_backward = torch_private.in_backward()
         phase = here.phase
         if phase is None:
-            if self._in_optimiser:
-                phase = "optimiser"
-            elif in_backward:
+            if in_backward:
                 phase = "recompute" if self._modules else "backward"
-            else:
-                phase = "forward"
+            else:  # a module that runs while the optimiser steps is that of its closure
+                phase = "optimiser" if self._in_optimiser and not self._modules else "forward"
         site = here.site
         if site is None:
             site = self._modules[-1] if self._modules else self._backward_site if in_backward else ""
@@ -206,7 +204,9 @@ class Recorder(torch_private.TorchDispatchMode):
 
     def _computation(self, func: Any, args: Any, kwargs: dict[str, Any], outputs: Any, phase: str, site: str) -> None:
         name = str(func.overloadpacket)
-        cast_of_parameter = name == "aten._to_copy" and "parameters" in self._see(args[0], phase, site).categories
+        cast_of_parameter = name == "aten._to_copy" and any(
+            "parameters" in self._see(tensor, phase, site).categories for tensor in operators.tensors(args[0])
+        )
         for tensor in operators.tensors(outputs):
             storage = self._see(tensor, phase, site)
             if cast_of_parameter:
@@ -255,7 +255,8 @@ class Recorder(torch_private.TorchDispatchMode):
             for name in tensor.__tensor_flatten__()[0]:
                 self._hold(getattr(tensor, name), category)
             return
-        self._see(tensor, *self._where(), known_before=True).categories.add(category)
+        for part in operators.tensors(tensor):
+            self._see(part, *self._where(), known_before=True).categories.add(category)
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
         site = self._where()[1]

@@ -9,19 +9,35 @@ the deadline; either way every rank is gone afterwards. No ports are used: ranks
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 _STOP = None
+
+
+BYTES_OF_A_RANK = 200 * 2**20
+"""Resident memory of a rank that has imported torch and done nothing yet, generously."""
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give to processes: free memory and what the page cache would give back."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (kibibytes,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return kibibytes * 1024
 
 
 class RankError(RuntimeError):
@@ -43,12 +59,20 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="meshwright-")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])
-        self._processes, self._pipes = [], []
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        with _deaf_to_interrupts():
+            self._start(context)
+
+    def _start(self, context: Any) -> None:
         store = Path(self._folder.name) / "store"
-        for rank in range(world):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world, str(store), theirs, timeout_seconds), daemon=True, name=f"rank{rank}"
+                target=_serve,
+                args=(rank, self.world, str(store), theirs, self.timeout_seconds),
+                daemon=True,
+                name=f"rank{rank}",
             )
             process.start()
             theirs.close()
@@ -122,6 +146,16 @@ class Ranks:
         self._folder.cleanup()
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which a terminal sends to all: this process ends them."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _send(pipe: Connection, rank: int, message: Any) -> None:
     try:
         pipe.send(message)
@@ -134,6 +168,8 @@ def _serve(rank: int, world: int, store: str, pipe: Connection, timeout_seconds:
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # torch's modules live for ever: collections need not walk them
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

@@ -16,24 +16,19 @@ The kernel follows the *job's* device, not a tensor's, so that a rehearsal on a 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-aten = torch.ops.aten
+from meshwright.schemes.local import Kernel, attention_kernel, expands_heads
 
-Kernel = Literal["flash_for_cpu", "flash", "efficient"]
+aten = torch.ops.aten
 
 
 def choose_kernel(attention: str, device_kind: str, dtype: torch.dtype) -> Kernel:
-    """The operator that torch's scaled-dot-product attention uses for this device and dtype.
-
-    `attention` is `training.attention`; only `sdpa` exists. float32 on CUDA has no flash kernel.
-    """
+    """The kernel of `training.attention` (only `sdpa` exists) for a job's device and compute dtype."""
     assert attention == "sdpa", attention
-    if device_kind == "cpu":
-        return "flash_for_cpu"
-    return "flash" if dtype in (torch.bfloat16, torch.float16) else "efficient"
+    return attention_kernel(device_kind, half=dtype in (torch.bfloat16, torch.float16))
 
 
 def causal_attention(
@@ -41,11 +36,6 @@ def causal_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention by the contract above; the gradient of `lse` is not propagated."""
     return _CausalAttention.apply(q_BSHD, k_BSKD, v_BSKD, kernel)
-
-
-def expands_heads(kernel: Kernel, heads: int, kv_heads: int) -> bool:
-    """Whether a kernel needs keys and values repeated for each query head (only CUDA's flash shares them)."""
-    return kernel != "flash" and heads != kv_heads
 
 
 def _expand(x_BSKD: torch.Tensor, heads: int) -> torch.Tensor:

@@ -15,8 +15,9 @@ from meshwright.comm.collectives import Axis
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job, Model
 from meshwright.kernels import pointwise
-from meshwright.kernels.attention import Kernel, causal_attention, choose_kernel
+from meshwright.kernels.attention import causal_attention, choose_kernel
 from meshwright.parallel.tensor import column_linear, row_linear, vocab_cross_entropy, vocab_embedding
+from meshwright.schemes.local import Kernel
 
 
 class Affine(nn.Module):

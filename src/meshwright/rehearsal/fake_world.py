@@ -26,6 +26,8 @@ def fake_group(world: int, rank: int) -> Iterator[None]:
 
     Raises UserError if the rank is not in the world, or if a process group exists already.
     """
+    if not (isinstance(world, int) and world >= 1):
+        raise UserError(f"world = {world!r} is not a number of ranks: use 1 or more")
     if not 0 <= rank < world:
         raise UserError(f"rank {rank} is not in a world of {world}: use 0 to {world - 1}")
     if dist.is_initialized():
@@ -46,6 +48,7 @@ def fake_tensors() -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(DeviceMesh, **methods))
+        stack.enter_context(mock.patch.object(DeviceMesh, "mesh", property(_unfaked(vars(DeviceMesh)["mesh"].fget))))
         stack.enter_context(mock.patch.object(device_mesh, "torch", _TorchOfMeshes()))
         stack.enter_context(mock.patch.object(DistributedDataParallel, "__init__", _refuse_ddp))
         stack.enter_context(torch_private.FakeTensorMode(allow_non_fake_inputs=True))
@@ -63,6 +66,11 @@ class _TorchOfMeshes:
 def _unfaked(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, torch_private.FakeTensor) for value in (*args, *kwargs.values())):
+            raise UserError(
+                "a DeviceMesh of a tensor that was made inside a rehearsal has no ranks, because fake tensors have no "
+                "values: give it a nested list, or use init_device_mesh"
+            )
         with torch_private.unset_fake_temporarily():
             return method(*args, **kwargs)
 

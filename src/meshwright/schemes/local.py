@@ -9,6 +9,7 @@ given.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from meshwright.schemes.tape import FLOAT32, Sizes, Tape
 
@@ -97,6 +98,22 @@ class Rope:
                 tape.elementwise(self.nbytes + 3 * half)
 
 
+Kernel = Literal["flash_for_cpu", "flash", "efficient"]
+"""The fused kernels behind torch's scaled-dot-product attention."""
+
+
+def attention_kernel(device_kind: str, *, half: bool) -> Kernel:
+    """The kernel for a device and a compute dtype of two bytes or more: CUDA's flash has no float32."""
+    if device_kind == "cpu":
+        return "flash_for_cpu"
+    return "flash" if half else "efficient"
+
+
+def expands_heads(kernel: Kernel, heads: int, kv_heads: int) -> bool:
+    """Whether a kernel needs keys and values repeated for each query head: only CUDA's flash shares them."""
+    return kernel != "flash" and heads != kv_heads
+
+
 @dataclass(frozen=True)
 class AttentionCore:
     """softmax(q kᵀ/√D) v by a fused kernel. Keeps q, k, v, out and one float32 a head and row: no score matrix."""
@@ -104,16 +121,14 @@ class AttentionCore:
     sizes: Sizes
 
     @property
-    def kernel(self) -> str:
-        """Which kernel torch's scaled-dot-product attention uses (see `kernels.attention.choose_kernel`)."""
-        if self.sizes.device_kind == "cpu":
-            return "flash_for_cpu"
-        return "flash" if self.sizes.casts else "efficient"
+    def kernel(self) -> Kernel:
+        """Which kernel runs."""
+        return attention_kernel(self.sizes.device_kind, half=self.sizes.casts)
 
     @property
     def expands(self) -> bool:
-        """Whether keys and values are repeated for each query head: only CUDA's bf16 flash kernel shares them."""
-        return self.kernel != "flash" and self.sizes.H != self.sizes.K
+        """Whether keys and values are repeated for each query head."""
+        return expands_heads(self.kernel, self.sizes.H, self.sizes.K)
 
     @property
     def expanded_bytes(self) -> int:

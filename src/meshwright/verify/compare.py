@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -53,13 +54,13 @@ def compare(
     accounts = [run.account for run in runs if run.account is not None]
     formula_vs_rehearsal = _ledger_differences([formula] * len(rehearsals), rehearsals)
     rehearsal_vs_run = _ledger_differences(rehearsals, accounts)
-    loss_error, loss_passes = _compare_losses(job, runs, references)
-    gradients = _compare_gradients(job, runs, references)
+    loss_error, _ = _worst_loss(runs, references)
+    gradient_errors = _gradient_errors(job, runs, references)
     first = (
         _first_probe("activation", job, runs, references)
-        or _first_loss(runs, references, loss_passes)
+        or _first_loss(job, runs, references)
         or _first_probe("gradient", job, runs, references)
-        or _first_gradient(gradients)
+        or _first_gradient(gradient_errors)
         or _first_row(formula_vs_rehearsal, rehearsal_vs_run)
     )
     rows = {"formula": formula.ledger, "rehearsal": rehearsals[0].ledger, "run": accounts[0].ledger}
@@ -68,9 +69,9 @@ def compare(
         rows={source: len(ledger.rows) for source, ledger in rows.items()},
         formula_vs_rehearsal=tuple(d for _, d in formula_vs_rehearsal),
         rehearsal_vs_run=tuple(d for _, d in rehearsal_vs_run),
-        loss_error=loss_error,
-        loss_passes=loss_passes,
-        gradients=gradients,
+        loss_error=loss_error / abs(references.exact.loss),
+        loss_passes=_first_loss(job, runs, references) is None,
+        gradients=_summary(gradient_errors),
         first_difference=first,
     )
 
@@ -95,54 +96,65 @@ def _first_row(*differences: list[tuple[int, Difference]]) -> FirstDifference | 
 # --- loss and gradients -----------------------------------------------------------------------------------------------
 
 
-def _compare_losses(job: Job, runs: Sequence[Observation], references: References) -> tuple[float, bool]:
-    """Relative error of the loss, and whether it is within a few roundings of the run's precision on every rank."""
+def _worst_loss(runs: Sequence[Observation], references: References) -> tuple[float, int]:
+    """Largest error of a rank's loss, and whose it is."""
+    errors = [abs(run.loss - references.exact.loss) for run in runs]
+    rank = max(range(len(runs)), key=lambda r: math.inf if math.isnan(errors[r]) else errors[r])
+    return errors[rank], rank
+
+
+def _first_loss(job: Job, runs: Sequence[Observation], references: References) -> FirstDifference | None:
+    """None if the loss is within a few roundings of the run's precision on every rank."""
     exact = references.exact.loss
-    error = max(abs(run.loss - exact) for run in runs)
     roundoff = _UNIT_ROUNDOFF[job.training.precision] * abs(exact)
-    return error / abs(exact), error <= FACTOR * max(abs(references.same.loss - exact), roundoff)
+    error, rank = _worst_loss(runs, references)
+    excess = _excess(error, FACTOR * max(abs(references.same.loss - exact), roundoff))
+    return FirstDifference("loss", "loss", rank, excess) if excess > 1 else None
 
 
-def _first_loss(runs: Sequence[Observation], references: References, passes: bool) -> FirstDifference | None:
-    if passes:
-        return None
-    exact = references.exact.loss
-    rank = max(range(len(runs)), key=lambda r: abs(runs[r].loss - exact))
-    allowed = FACTOR * max(abs(references.same.loss - exact), FLOOR * abs(exact))
-    return FirstDifference("loss", "loss", rank, abs(runs[rank].loss - exact) / allowed)
+class _GradientError(NamedTuple):
+    parameter: str
+    rank: int
+    excess: float
 
 
-def _compare_gradients(job: Job, runs: Sequence[Observation], references: References) -> GradientReport:
+def _gradient_errors(job: Job, runs: Sequence[Observation], references: References) -> list[_GradientError]:
+    """For each parameter, the rank at which its gradient errs most."""
     exact, same = references.exact.gradients, references.same.gradients
     scale = math.sqrt(sum(_norm(gradient) ** 2 for gradient in exact.values()))
-    failed, worst = [], ("", 0.0)
+    errors = []
     for spec in specs_of(job):
-        full64, full1 = exact[spec.name], same[spec.name]
-        allowed = FACTOR * _norm(full1.double() - full64) + FLOOR * scale
-        error = max(_norm(full.double() - full64) for full in _assembled(spec, job, runs)) / allowed
-        worst = max(worst, (spec.name, error), key=lambda pair: pair[1])
-        if not error <= 1:  # NaN fails
-            failed.append(spec.name)
-    return GradientReport(len(exact), tuple(failed), worst)
+        g64, g1 = exact[spec.name], same[spec.name]
+        allowed = FACTOR * _norm(g1.double() - g64) + FLOOR * scale
+        seen = [(_excess(_norm(g.double() - g64), allowed), rank) for rank, g in _assembled(spec, job, runs)]
+        excess, rank = max(seen)
+        errors.append(_GradientError(spec.name, rank, excess))
+    return errors
 
 
-def _assembled(spec: ParamSpec, job: Job, runs: Sequence[Observation]) -> Iterator[torch.Tensor]:
-    """The full gradient as each set of ranks that hold it together sees it: none may differ."""
+def _summary(errors: Sequence[_GradientError]) -> GradientReport:
+    worst = max(errors, key=lambda error: error.excess)
+    failed = tuple(error.parameter for error in errors if error.excess > 1)
+    return GradientReport(len(errors), failed, (worst.parameter, worst.excess))
+
+
+def _first_gradient(errors: Sequence[_GradientError]) -> FirstDifference | None:
+    for error in reversed(errors):  # backward meets the last parameter first
+        if error.excess > 1:
+            return FirstDifference("gradient", error.parameter, error.rank, error.excess)
+    return None
+
+
+def _assembled(spec: ParamSpec, job: Job, runs: Sequence[Observation]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The full gradient as each set of ranks that hold it together sees it, by its first rank: none may differ."""
     T = job.layout.tensor
     for start in range(0, len(runs), T):
-        parts = {rank - start: runs[rank].gradients[spec.name] for rank in range(start, start + T)}
+        parts = [runs[rank].gradients[spec.name] for rank in range(start, start + T)]
         if spec.split is None:
-            yield from parts.values()
+            yield from ((start + t, part) for t, part in enumerate(parts))
         else:
             for copy in range(spec.split.copies):
-                yield assemble({c: parts[c + copy] for c in range(0, T, spec.split.copies)}, spec)
-
-
-def _first_gradient(gradients: GradientReport) -> FirstDifference | None:
-    if not gradients.failed:
-        return None
-    name = gradients.failed[-1]  # backward meets the last parameter first
-    return FirstDifference("gradient", name, 0, gradients.worst[1])
+                yield start + copy, assemble({c: parts[c + copy] for c in range(0, T, spec.split.copies)}, spec)
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
@@ -157,8 +169,8 @@ def _first_probe(
         if key[0] != direction or (key[1] == "loss" and direction == "activation"):
             continue
         errors = [_probe_error(key, job, run, exact[key], same[key]) for run in runs]
-        rank = max(range(len(runs)), key=lambda r: errors[r] if not math.isnan(errors[r]) else math.inf)
-        if not errors[rank] <= 1:
+        rank = max(range(len(runs)), key=errors.__getitem__)
+        if errors[rank] > 1:
             return FirstDifference(direction, key[1], rank, errors[rank])
     return None
 
@@ -179,9 +191,7 @@ def _probe_error(
             start, end = _own_columns(job, run.coordinates["tensor"])
             probe, p64, p1 = probe[..., : end - start], p64[..., start:end], p1[..., start:end]
         allowed = FACTOR * _norm(p1.double() - p64) + FLOOR * _norm(p64)
-        error = _norm(probe.double() - p64)
-        if error > 0 or math.isnan(error):
-            worst = max(worst, error / allowed if allowed else math.inf) if not math.isnan(error) else math.inf
+        worst = max(worst, _excess(_norm(probe.double() - p64), allowed))
     return worst
 
 
@@ -189,6 +199,13 @@ def _own_columns(job: Job, coordinate: int) -> tuple[int, int]:
     columns = -(-job.model.vocab_size // job.layout.tensor)
     start = min(coordinate * columns, job.model.vocab_size)
     return start, min(start + columns, job.model.vocab_size)
+
+
+def _excess(error: float, allowed: float) -> float:
+    """Error over what is allowed; infinite for what is not a number."""
+    if math.isnan(error) or math.isnan(allowed):
+        return math.inf
+    return error / allowed if allowed else (math.inf if error else 0.0)
 
 
 def _norm(tensor: torch.Tensor) -> float:

@@ -96,9 +96,8 @@ def global_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     training, vocab_size = job.training, job.model.vocab_size
     generator = torch.Generator().manual_seed(training.seed)
     text = torch.randint(0, vocab_size, (training.batch, training.seq_len + 1), generator=generator)
-    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    kept = (
-        (torch.arange(training.batch)[:, None] % 4 + 1) * training.seq_len // 4
-    )  # a quarter, a half, ... of each sequence
+    tokens, labels = text[:, :-1].clone(), text[:, 1:].clone()  # slices of one sequence are views of one storage
+    quarters = torch.arange(training.batch)[:, None] % 4 + 1
+    kept = (quarters * training.seq_len // 4).clamp(min=1)
     labels[torch.arange(training.seq_len)[None, :] >= kept] = IGNORE
     return tokens, labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,13 +59,16 @@ class VerifyReport:
                 "formula_vs_rehearsal": [d.to_json() for d in self.formula_vs_rehearsal],
                 "rehearsal_vs_run": [d.to_json() for d in self.rehearsal_vs_run],
             },
-            "loss_error": self.loss_error,
+            "loss_error": _finite(self.loss_error),
             "gradients": {
                 "checked": self.gradients.checked,
                 "failed": list(self.gradients.failed),
-                "worst": {"parameter": self.gradients.worst[0], "error_over_allowance": self.gradients.worst[1]},
+                "worst": {
+                    "parameter": self.gradients.worst[0],
+                    "error_over_allowance": _finite(self.gradients.worst[1]),
+                },
             },
-            "first_difference": None if first is None else vars(first),
+            "first_difference": None if first is None else {**vars(first), "error": _finite(first.error)},
         }
 
     def text(self) -> str:
@@ -95,6 +99,11 @@ class VerifyReport:
                 lines.append(f"  {title}: and {len(differences) - 5} more")
         lines.append("agree" if self.agree else "DO NOT AGREE")
         return "\n".join(lines)
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinities: what is not finite becomes null."""
+    return number if math.isfinite(number) else None
 
 
 def _describe(difference: Difference) -> str:

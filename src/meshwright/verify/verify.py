@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
-from meshwright.comm.ranks import Ranks
+from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_memory
 from meshwright.config.legality import check_processes
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
@@ -46,8 +45,8 @@ def verify_on(job: Job, ranks: Ranks, instrument: Instrument | None = None) -> V
 
 def needed_memory(job: Job) -> int:
     """Predicted bytes: all ranks at their peak, and the float64 and same-precision references, whose probes stay."""
-    ranks = formula(job).footprint.peak * job.layout.world
-    return 2 * ranks + 4 * formula(reference_job(job)).footprint.peak
+    ranks = (2 * formula(job).footprint.peak + BYTES_OF_A_RANK) * job.layout.world
+    return ranks + 4 * formula(reference_job(job)).footprint.peak
 
 
 def check_memory(job: Job, available: int) -> None:
@@ -59,8 +58,3 @@ def check_memory(job: Job, available: int) -> None:
             "are free (ranks and two reference runs live on this machine): "
             "verify with --shrink, or set a smaller model.layers"
         )
-
-
-def available_memory() -> int:
-    """Bytes of free physical memory."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
