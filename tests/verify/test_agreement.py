@@ -20,7 +20,6 @@ SELECTION = covering_cases(at_least=40)
 
 
 def test_the_selection_covers_every_pair_of_option_values() -> None:
-    print(f"{len(SELECTION)} of {len(all_cases())} agreement cases; every pair of option values occurs")
     assert len(SELECTION) == 40 < len(all_cases()) == 120
     pairs = lambda cases: {(i, j, c[i], c[j]) for c in cases for i in range(4) for j in range(i)}  # noqa: E731
     assert pairs(SELECTION) == pairs(all_cases())
