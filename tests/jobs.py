@@ -5,16 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from meshwright.config.tree import Job, Layout, Model, Training
-from meshwright.verify.agreement import MODELS
-
-LAYOUTS = {
-    "1": Layout(),
-    "replicate2": Layout(replicate=2),
-    "tensor2": Layout(tensor=2),
-    "replicate2xtensor2": Layout(replicate=2, tensor=2),
-    "tensor4": Layout(tensor=4),
-    "replicate4": Layout(replicate=4),
-}
+from meshwright.verify.agreement import LAYOUTS, MODELS
 
 
 def tiny_job(

@@ -70,6 +70,10 @@ MISTAKES = {
     "schemes degree": ("schemes", "--seq", "4096", "--hidden", "1024", "--degree", "3"),
     "unknown worksheet": ("worksheet", "linear-pairs"),
     "worksheet degree": ("worksheet", "linear-pair", "--tensor", "3"),
+    "worksheet beyond memory": ("worksheet", "linear-pair", "--d-model", "100000000", "--run"),
+    "beyond range": ("plan", "quickstart", "--layout.replicate", "1000000000000"),
+    "world beyond range": ("rehearse", "quickstart", "--world", "1000000000000"),
+    "name too long": ("plan", "x" * 5000),
 }
 
 NUM_LINES = {"missing sizes": 2, "tensor does not divide": 3, "two rules at once": 4, "no legal layout": 4}
@@ -164,6 +168,15 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("command", ["rehearse quickstart --json", "plan quickstart", "--help"])
+def test_a_full_disk_is_a_line(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "meshwright", *command.split()]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "the output cannot be written: No space left on device\n")
 
 
 # --- what goes right --------------------------------------------------------------------------------------------------

@@ -133,16 +133,38 @@ def test_all_ranges_at_once(job_file):
     )
     assert message(load_job, path).splitlines() == [
         'name = "a/b" cannot name a run folder: use letters, digits, dots and dashes',
-        "model.layers = 0 must be at least 1",
-        "model.vocab_size = -1 must be at least 1",
-        "layout.tensor = 0 must be at least 1",
+        "model.layers = 0 must be between 1 and 2**16",
+        "model.vocab_size = -1 must be between 1 and 2**40",
+        "layout.tensor = 0 must be between 1 and 2**31 - 1",
         "cluster.inter.bandwidth = 0.0 must be above 0",
         "cluster.device.peak_flops.bf61 is not a precision: use float32 or bf16",
         "cluster.device.peak_flops.bf16 = 0.0 must be above 0 (leave it out if it is unknown)",
-        "training.batch = 0 must be at least 1",
+        "training.batch = 0 must be between 1 and 2**40",
         "training.learning_rate = 0.0 must be above 0",
         "training.beta2 = 1.0 must be at least 0 and below 1",
     ]
+
+
+def test_absurd_sizes_are_out_of_range():
+    absurd = {
+        "model.d_model": 10**23,
+        "layout.replicate": 10**12,
+        "training.seed": 2**63,
+        "training.warmup_steps": 2**41,
+        "training.timeout_seconds": 1e300,
+    }
+    overrides = [(path, str(value)) for path, value in absurd.items()]
+    assert message(load_job, "quickstart", overrides).splitlines() == [
+        f"model.d_model = {10**23} must be between 1 and 2**40",
+        f"layout.replicate = {10**12} must be between 1 and 2**31 - 1",
+        "training.warmup_steps = 2199023255552 must be between 0 and 2**40",
+        "training.seed = 9223372036854775808 must be between 0 and 2**63 - 1",
+        "training.timeout_seconds = 1e+300 must be above 0 and at most 1e9",
+    ]
+    assert message(load_job, "quickstart", [("layout.replicate", str(2**30)), ("layout.tensor", "2")]) == (
+        "the number of ranks, the product of the degrees = 2147483648, must be between 1 and 2**31 - 1"
+    )
+    assert load_job("quickstart", [("training.seed", str(2**63 - 1))]).training.seed == 2**63 - 1
 
 
 def test_an_unknown_key_without_a_neighbour_names_the_fields(job_file):
@@ -167,6 +189,11 @@ def test_names_that_do_not_exist():
     assert message(load_device, "h10") == "h10 is neither a file nor in the catalog's devices: did you mean h100?"
 
 
+@pytest.mark.parametrize("load", [load_job, load_cluster, load_device])
+def test_a_name_that_is_too_long(load):
+    assert message(load, "x" * 5000) == f"{'x' * 5000} cannot be read: File name too long"
+
+
 def test_files_that_are_no_jobs(job_file, tmp_path):
     broken = job_file("layers = = 2")
     assert message(load_job, broken) == f"{broken} is not TOML: Invalid value (at line 1, column 10)"
@@ -174,6 +201,8 @@ def test_files_that_are_no_jobs(job_file, tmp_path):
     binary.write_bytes(b"\xff\xfe")
     assert message(load_job, binary).startswith(f"{binary} is not TOML: 'utf-8' codec can't decode byte 0xff")
     assert message(load_job, tmp_path) == f"{tmp_path} is a run folder, not a file: give {broken}"
+    digits = job_file(f"layers = {'9' * 5000}", "digits.toml")
+    assert message(load_job, digits).startswith(f"{digits} is not TOML: Exceeds the limit")
     (tmp_path / "config.json").write_text("{}")
     assert message(load_job, tmp_path) == (
         f"{tmp_path} is a folder with a config.json of Hugging Face, which this version does not read: give a TOML file"

@@ -89,7 +89,7 @@ def test_all_mistakes_at_once():
 
 
 def test_ranges_hold_for_overrides():
-    assert refusal(("layout.tensor", "0")) == "layout.tensor = 0 must be at least 1"
+    assert refusal(("layout.tensor", "0")) == "layout.tensor = 0 must be between 1 and 2**31 - 1"
 
 
 def test_every_field_can_be_set_and_has_help():

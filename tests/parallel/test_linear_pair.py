@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from meshwright.errors import UserError
 from meshwright.parallel import linear_pair
 from meshwright.schemes.linear_pair import PAIRINGS, Sizes, ledger, schedule
 
@@ -24,6 +25,18 @@ def test_run_and_its_table():
     assert ran["agree"] is True
     assert [pairing["rows"] for pairing in ran["pairings"].values()] == [[], [], [], []]
     assert linear_pair.comparison(ran).count("agree: yes") == 4
+
+
+def test_what_memory_cannot_hold_is_refused():
+    sizes = Sizes(batch=8, seq=128, d_model=100_000_000, d_ff=4096, tensor=4)
+    with pytest.raises(UserError) as caught:
+        linear_pair.run(*vars(sizes).values())
+    assert f"({linear_pair.needed_memory(sizes)} bytes)" in str(caught.value)
+    assert "--d-model 100000000" in str(caught.value)
+    with pytest.raises(UserError, match=r"and 1 GiB \(1073741824 bytes\) are free"):
+        linear_pair.check_memory(sizes, 2**30)
+    small = replace(sizes, d_model=64)
+    linear_pair.check_memory(small, linear_pair.needed_memory(small))
 
 
 def test_a_wrong_value_or_row_is_no_agreement(ranks):

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 
 from meshwright.config.files import load_job
+from meshwright.config.legality import divisors
 from meshwright.config.tree import Job, Layout
 from meshwright.errors import UserError
-from meshwright.planner.search import Candidate, candidates, divisors, plan, price
+from meshwright.planner.search import Candidate, candidates, plan, price
 from meshwright.training.device import resolve_device
 
 E, LAYERS = 4096, 32  # llama3-8b

@@ -39,7 +39,7 @@ def test_losses_equal_those_of_one_device(
 
 def test_initial_weights_do_not_depend_on_the_layout(ranks: Callable[[int], Ranks]) -> None:
     (whole,) = [ranked_curves.full_parameters(_job("odd_vocabulary", Layout()))]
-    for layout in ("tensor2", "replicate2xtensor2", "tensor4"):
+    for layout in ("tensor 2", "replicate 2 × tensor 2", "tensor 4"):
         job = _job("odd_vocabulary", layout)
         parts = ranks(job.layout.world).run(ranked_curves.local_parameters, job)
         for name, full in ranked_curves.assembled(job, parts).items():
@@ -47,7 +47,7 @@ def test_initial_weights_do_not_depend_on_the_layout(ranks: Callable[[int], Rank
 
 
 def test_initialisation_holds_one_full_parameter_at_most(ranks: Callable[[int], Ranks]) -> None:
-    job = _job("grouped_query", "tensor4")
+    job = _job("grouped_query", "tensor 4")
     for peak, local, largest in ranks(4).run(ranked_curves.memory_of_building, job):
         assert local < peak <= local + 2 * largest, (
             "its own slices, one full parameter, and the slice being cut from it"

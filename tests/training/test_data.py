@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +95,16 @@ def test_heldout_set_is_the_same_for_every_layout(tmp_path: Path, layout: Layout
     assert sorted(labelled) == sorted(expected)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_heldout_tokens_stay_bytes(tmp_path: Path, rank: int) -> None:
+    """One sequence a rank and an odd number of them: the filler has no labels, and its tokens are untouched."""
+    lone = job(Layout(replicate=2), data=write_text(tmp_path / "text"), batch=2, heldout_sequences=3, seq_len=32)
+    batches = list(Text.open(lone, rank).heldout())
+    assert [batch.tokens.shape for batch in batches] == [(1, 1, 32)] * 2
+    assert all((batch.tokens >= 0).all() for batch in batches)
+    assert [int((batch.labels == IGNORE).sum()) for batch in batches] == [0, 32 * rank]
+
+
 def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
@@ -131,6 +144,30 @@ def message(job: Job) -> str:
 
 def test_a_missing_path(tmp_path: Path) -> None:
     assert f"{tmp_path}/nowhere does not exist" in message(job(data=f"{tmp_path}/nowhere"))
+
+
+def test_a_name_that_is_too_long() -> None:
+    long = "x" * 5000
+    assert message(job(data=long)).startswith(f"training.data = {long} cannot be read: File name too long: name a text")
+
+
+@pytest.mark.parametrize("method", ["open", "iterdir"])
+def test_an_unreadable_file_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """By a patch, as nothing is unreadable to root."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    file = Path(write_text(inner / "text"))
+    refused = {"open": file, "iterdir": inner}[method]
+    before = getattr(Path, method)
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return before(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, method, refuse)
+    assert f"{tmp_path} cannot be read: Permission denied ({refused}): name a" in message(job(data=str(tmp_path)))
+    assert f"{refused} cannot be read: Permission denied: name a" in message(job(data=str(refused)))
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

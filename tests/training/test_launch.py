@@ -193,6 +193,50 @@ def test_bad_arguments_of_a_rank(tmp_path: Path, arguments: list[str]) -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
+def test_usage_of_a_rank() -> None:
+    command = [sys.executable, "-m", "meshwright.training", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("usage: torchrun --nproc-per-node N -m meshwright.training JOB")
+
+
+def lone_rank(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    """Rank 1 of a job whose rank 0 is not there."""
+    file = job_file(tmp_path, steps=1, layout=Layout(tensor=2))
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}  # where nobody listens
+    command = [sys.executable, "-m", "meshwright.training", str(file), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place | meeting)
+
+
+def test_what_only_another_rank_finds_is_said(tmp_path: Path) -> None:
+    process = lone_rank(tmp_path, "--training.data", f"{tmp_path}/nowhere")
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2
+    assert errors.startswith(f"rank 1: training.data = {tmp_path}/nowhere does not exist")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("refused", ["--runs", "--training.data"])
+def test_what_rank_0_finds_ends_the_others_soon(tmp_path: Path, refused: str) -> None:
+    """While they wait for it to join: torch's launcher would kill those who stay after 30 s."""
+    (tmp_path / "file").touch()
+    file = job_file(tmp_path, steps=1, layout=Layout(tensor=2))
+    command = [*commands(file, tmp_path / "runs")["torchrun"], refused, str(tmp_path / "file" / "x")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = ""
+    while str(tmp_path / "file" / "x") not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    began = time.monotonic()
+    said += process.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert time.monotonic() - began < 15
+    assert process.returncode == 1
+    assert said.count(str(tmp_path / "file" / "x")) == 1
+
+
 def test_how_a_rank_ended() -> None:
     assert failure_line(3, -9, 4) == "rank 3 was killed by SIGKILL; the other 3 ranks were ended"
     assert failure_line(0, 1, 1) == "rank 0 failed with exit code 1 (its message is above)"

@@ -61,7 +61,7 @@ def test_one_device_agrees_with_itself() -> None:
 @pytest.mark.parametrize("fault", ["missing", "doubled", "wrong axis", "wrong tensor"])
 def test_a_planted_fault_is_named(ranks: Pool, fault: str, in_backward: bool) -> None:
     module = random.Random(f"{SEED}/{fault}/{in_backward}").choice(BACKWARD if in_backward else FORWARD)
-    job = tiny_job("grouped_query", "replicate2xtensor2")
+    job = tiny_job("grouped_query", "replicate 2 × tensor 2")
     report = verify_on(job, ranks(4), Fault(module, fault, in_backward))
     assert not report.agree
     assert report.first_difference is not None
@@ -73,13 +73,13 @@ def test_a_planted_fault_is_named(ranks: Pool, fault: str, in_backward: bool) ->
 
 
 def test_a_fault_in_the_loss_is_named(ranks: Pool) -> None:
-    report = verify_on(tiny_job("grouped_query", "tensor2"), ranks(2), Fault("loss", "missing", in_backward=False))
+    report = verify_on(tiny_job("grouped_query", "tensor 2"), ranks(2), Fault("loss", "missing", in_backward=False))
     assert not report.agree and report.first_difference is not None
     assert (report.first_difference.kind, report.first_difference.module) == ("loss", "loss")
 
 
 def test_a_wrong_loss_divisor_is_named(ranks: Pool) -> None:
-    report = verify_on(tiny_job("grouped_query", "replicate2"), ranks(2), wrong_divisor)
+    report = verify_on(tiny_job("grouped_query", "replicate 2"), ranks(2), wrong_divisor)
     assert not report.agree and report.first_difference is not None
     assert (report.first_difference.kind, report.first_difference.module) == ("loss", "loss")
     assert not report.formula_vs_rehearsal and not report.rehearsal_vs_run, "the bytes are right, the number is not"
@@ -87,14 +87,14 @@ def test_a_wrong_loss_divisor_is_named(ranks: Pool) -> None:
 
 @pytest.mark.parametrize("instrument", [doubled_maximum, DoubledGather("layers.1.mlp")], ids=["maximum", "gather"])
 def test_a_doubled_idempotent_collective_is_caught_by_the_ledger_alone(ranks: Pool, instrument: object) -> None:
-    report = verify_on(tiny_job("grouped_query", "tensor2"), ranks(2), instrument)  # type: ignore[arg-type]
+    report = verify_on(tiny_job("grouped_query", "tensor 2"), ranks(2), instrument)  # type: ignore[arg-type]
     assert not report.agree and report.loss_passes and not report.gradients.failed
     assert report.first_difference is not None and report.first_difference.kind == "ledger"
     assert report.first_difference.module == getattr(instrument, "module", "loss")
 
 
 def test_a_bare_all_reduce_appears_in_rehearsal_and_run(ranks: Pool) -> None:
-    report = verify_on(tiny_job("grouped_query", "tensor2"), ranks(2), BareAllReduce("layers.1.mlp"))
+    report = verify_on(tiny_job("grouped_query", "tensor 2"), ranks(2), BareAllReduce("layers.1.mlp"))
     assert not report.agree and not report.rehearsal_vs_run
     assert {(d.site, d.row["operation"], d.second - d.first) for d in report.formula_vs_rehearsal} == {
         ("layers.1.mlp", "all_reduce", 1)
@@ -142,7 +142,7 @@ def test_a_batch_of_one_sequence_agrees(ranks: Pool, layout: Layout) -> None:
 
 
 def test_what_is_not_a_number_is_reported_as_json(ranks: Pool) -> None:
-    report = verify_on(tiny_job(layout="tensor2"), ranks(2), not_a_number)
+    report = verify_on(tiny_job(layout="tensor 2"), ranks(2), not_a_number)
     assert not report.agree
     assert report.first_difference is not None
     assert (report.first_difference.module, report.first_difference.error) == ("layers.0.mlp", math.inf)

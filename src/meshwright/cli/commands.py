@@ -12,6 +12,7 @@ from typing import Any
 from meshwright.cli import options
 from meshwright.config.files import load_job
 from meshwright.config.legality import complete_world, require_legal
+from meshwright.config.ranges import world_mistakes
 from meshwright.config.tree import Job
 from meshwright.config.values import nearest
 from meshwright.errors import UserError
@@ -150,6 +151,8 @@ def _of_world(job: Job, world: int | None, typed: set[str]) -> Job:
     """The legal job on `world` ranks, or on the product of its degrees."""
     if world is not None:
         job = replace(job, layout=complete_world(job.layout, world, typed))
+        if mistakes := world_mistakes(job.layout):
+            raise UserError("\n".join(mistakes))
     require_legal(job)
     return job
 

@@ -1,8 +1,9 @@
-"""From arguments to an exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+"""From arguments to an exit code: 0 done, 1 a check failed or output was lost, 2 bad input, 130 interrupted."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from meshwright.errors import UserError
 
 _HELP = ("-h", "--help")
 _BROKEN_PIPE = 141  # as a shell counts a process that SIGPIPE ended
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        _drop_output()
         return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
+        _drop_output()
+        return 1
     return code
+
+
+def _drop_output() -> None:
+    """Send what stdout still holds nowhere, or the interpreter complains as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

@@ -78,7 +78,7 @@ def _unavailable(layout: Layout) -> Iterator[Violation]:
 
 def _shape_of_attention(model: Model) -> Iterator[Violation]:
     if model.heads % model.kv_heads:
-        legal = _nearest(_divisors(model.heads), model.kv_heads)
+        legal = _nearest(divisors(model.heads), model.kv_heads)
         yield Violation(
             "grouped_heads",
             f"model.heads = {model.heads} is not a multiple of model.kv_heads = {model.kv_heads} "
@@ -142,19 +142,21 @@ def _split_of_tokens(layout: Layout, training: Training) -> Iterator[Violation]:
 
 def _head_degrees(layout: Layout, model: Model) -> list[int]:
     """Legal values of tensor × ulysses; without ulysses, of tensor, which must then divide d_ff as well."""
-    degrees = [d for d in _divisors(model.heads) if model.kv_heads % d == 0 or d % model.kv_heads == 0]
+    degrees = [d for d in divisors(model.heads) if model.kv_heads % d == 0 or d % model.kv_heads == 0]
     return [d for d in degrees if layout.ulysses > 1 or model.d_ff % d == 0]
 
 
 def _tensor_degrees(layout: Layout, model: Model) -> list[int]:
     """Legal values of tensor alone."""
     if model.block == "ffn" or layout.ulysses > 1:
-        return _divisors(model.d_ff)
+        return divisors(model.d_ff)
     return _head_degrees(layout, model)
 
 
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive number, in rising order."""
+    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return low + [number // divisor for divisor in reversed(low) if divisor * divisor != number]
 
 
 def _nearest(legal: list[int], value: int, keep: int = 4) -> list[int]:

@@ -7,33 +7,41 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, get_args, get_type_hints
 
-from meshwright.config.tree import AXES, Cluster, Device, Job, Training
+from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, Training
 
 PRECISIONS = get_args(get_type_hints(Training)["precision"])
 
 _Range = tuple[str, Callable[[float], bool]]
-AT_LEAST_ONE: _Range = ("must be at least 1", lambda value: value >= 1)
+SIZE: _Range = ("must be between 1 and 2**40", lambda value: 1 <= value <= 2**40)
+LAYERS: _Range = ("must be between 1 and 2**16", lambda value: 1 <= value <= 2**16)
+COUNT: _Range = ("must be between 0 and 2**40", lambda value: 0 <= value <= 2**40)
+DEGREE: _Range = ("must be between 1 and 2**31 - 1", lambda value: 1 <= value < 2**31)
+SEED: _Range = ("must be between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63)
+SECONDS: _Range = ("must be above 0 and at most 1e9", lambda value: 0 < value <= 1e9)
 AT_LEAST_ZERO: _Range = ("must be at least 0", lambda value: value >= 0)
 ABOVE_ZERO: _Range = ("must be above 0", lambda value: value > 0)
 FRACTION: _Range = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
 BELOW_ONE: _Range = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
-_MODEL = {"layers": AT_LEAST_ONE, "d_model": AT_LEAST_ONE, "d_ff": AT_LEAST_ONE}
+_MODEL = {"layers": LAYERS, **dict.fromkeys(("d_model", "d_ff"), SIZE)}
 _DECODER = {
-    **dict.fromkeys(("heads", "kv_heads", "head_dim", "vocab_size"), AT_LEAST_ONE),
+    **dict.fromkeys(("heads", "kv_heads", "head_dim", "vocab_size"), SIZE),
     **dict.fromkeys(("norm_eps", "rope_theta"), ABOVE_ZERO),
 }
 _TRAINING = {
-    **dict.fromkeys(("batch", "seq_len", "accumulation", "steps", "heldout_sequences"), AT_LEAST_ONE),
-    **dict.fromkeys(("learning_rate", "timeout_seconds"), ABOVE_ZERO),
-    **dict.fromkeys(("seed", "warmup_steps", "weight_decay", "clip_norm", "heldout_every"), AT_LEAST_ZERO),
+    **dict.fromkeys(("batch", "seq_len", "accumulation", "steps", "heldout_sequences"), SIZE),
+    **dict.fromkeys(("warmup_steps", "heldout_every"), COUNT),
+    **dict.fromkeys(("weight_decay", "clip_norm"), AT_LEAST_ZERO),
+    "seed": SEED,
+    "learning_rate": ABOVE_ZERO,
+    "timeout_seconds": SECONDS,
     **dict.fromkeys(("beta1", "beta2"), BELOW_ONE),
     "final_learning_rate": FRACTION,
 }
 _DEVICE = dict.fromkeys(("memory_bytes", "memory_bandwidth"), AT_LEAST_ZERO)
-_LINK = {"latency_seconds": AT_LEAST_ZERO, "bandwidth": ABOVE_ZERO, "links": AT_LEAST_ONE}
+_LINK = {"latency_seconds": AT_LEAST_ZERO, "bandwidth": ABOVE_ZERO, "links": DEGREE}
 _CLUSTER = {
-    **dict.fromkeys(("hosts", "devices_per_host"), AT_LEAST_ONE),
+    **dict.fromkeys(("hosts", "devices_per_host"), DEGREE),
     **{f"{tier}.{field}": limit for tier in ("intra", "inter") for field, limit in _LINK.items()},
 }
 
@@ -44,10 +52,16 @@ def job_mistakes(job: Job) -> list[str]:
     return [
         *_name_mistakes(job.name),
         *_mistakes(job.model, "model.", _MODEL | decoder),
-        *_mistakes(job.layout, "layout.", dict.fromkeys(AXES, AT_LEAST_ONE)),
+        *(_mistakes(job.layout, "layout.", dict.fromkeys(AXES, DEGREE)) or world_mistakes(job.layout)),
         *cluster_mistakes(job.cluster, "cluster."),
         *_mistakes(job.training, "training.", _TRAINING),
     ]
+
+
+def world_mistakes(layout: Layout) -> list[str]:
+    """The same for the product of the degrees, where each of them is in its range."""
+    rule, holds = DEGREE
+    return [] if holds(layout.world) else [f"the number of ranks, the product of the degrees = {layout.world}, {rule}"]
 
 
 def cluster_mistakes(cluster: Cluster, prefix: str = "") -> list[str]:

@@ -21,15 +21,15 @@ def read(kind: catalog.Kind, source: str | Path, folder: Path = Path()) -> dict[
     if isinstance(source, str) and source in catalog.names(kind):
         return {"name": source, **tomllib.loads(catalog.read(kind, source))}
     path = folder / source
-    if path.is_dir():
-        raise UserError(_refused_folder(path))
-    if not path.exists():
-        known = catalog.names(kind)
-        near = nearest(str(source), known) or f": use a TOML file or one of {', '.join(known)}"
-        raise UserError(f"{path} is neither a file nor in the catalog's {kind}{near}")
     try:
+        if path.is_dir():
+            raise UserError(_refused_folder(path))
+        if not path.exists():
+            known = catalog.names(kind)
+            near = nearest(str(source), known) or f": use a TOML file or one of {', '.join(known)}"
+            raise UserError(f"{path} is neither a file nor in the catalog's {kind}{near}")
         return {"name": path.stem, **tomllib.loads(path.read_text(encoding="utf-8"))}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of syntax, of UTF-8, or of an integer with thousands of digits
         raise UserError(f"{path} is not TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

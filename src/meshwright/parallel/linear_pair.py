@@ -16,10 +16,12 @@ from meshwright.audit.recorder import Recorder
 from meshwright.comm.collectives import Axis
 from meshwright.comm.conjugates import copy_to, gather_from, reduce_from, scatter_to
 from meshwright.comm.mesh import World
-from meshwright.comm.ranks import Ranks
+from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_memory
 from meshwright.config.tree import Layout
+from meshwright.errors import UserError
 from meshwright.schemes.linear_pair import AXIS, PAIRINGS, Pairing, Product, Sizes, Step, ledger, schedule, worksheet
 from meshwright.schemes.tape import FLOAT32
+from meshwright.units import format_bytes
 
 _CONJUGATES = {"copy_to": copy_to, "reduce_from": reduce_from, "gather_from": gather_from, "scatter_to": scatter_to}
 
@@ -35,12 +37,31 @@ def run(batch: int, seq: int, d_model: int, d_ff: int, tensor: int) -> dict[str,
     """The worksheet, and under `pairings` what ranks on this machine counted beside the formula.
 
     Each pairing has `rows` (those of rank 0), `wrong` (`rank 2: y`, …) and `agree`: on every rank the ledger is the
-    formula's and all values are right.
+    formula's and all values are right. Raises UserError, before any rank starts, for what memory cannot hold.
     """
     sizes = Sizes(batch, seq, d_model, d_ff, tensor)
+    check_memory(sizes, available_memory())
     with Ranks(tensor) as ranks:
         by_rank = ranks.run(measure, sizes)
     return result(sizes, by_rank)
+
+
+def needed_memory(sizes: Sizes) -> int:
+    """Bytes of all ranks at their peak, by tensors that each holds at once; their numbers are measured, rounded up."""
+    weights = 6 * 2 * sizes.d_model * sizes.d_ff
+    activations = sizes.batch * sizes.seq * (24 * sizes.d_model + 4 * sizes.d_ff)
+    return sizes.tensor * (BYTES_OF_A_RANK + (weights + activations) * FLOAT32)
+
+
+def check_memory(sizes: Sizes, available: int) -> None:
+    """Raise UserError if a run would not fit into so many bytes."""
+    needed = needed_memory(sizes)
+    if needed > available:
+        raise UserError(
+            f"--run needs about {format_bytes(needed)} ({needed} bytes) and {format_bytes(available)} ({available} "
+            f"bytes) are free (each of --tensor {sizes.tensor} ranks here holds the whole problem, to compare with): "
+            f"use a smaller --d-model {sizes.d_model} or --d-ff {sizes.d_ff}, or leave out --run"
+        )
 
 
 def measure(sizes: Sizes) -> list[Measured]:

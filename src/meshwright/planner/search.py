@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.account import StepAccount
-from meshwright.config.legality import Violation, require_legal
+from meshwright.config.legality import Violation, divisors, require_legal
 from meshwright.config.tree import AXES, Job, Layout
 from meshwright.errors import UserError
 from meshwright.planner.blocks import formula_of_blocks
@@ -148,12 +148,6 @@ def candidates(layout: Layout, devices: int, typed: Collection[str]) -> Iterator
     for degree in divisors(rest) if len(free) == 2 else [rest]:
         degrees: dict[str, Any] = dict(zip(free, (degree, rest // degree), strict=False))
         yield replace(layout, **degrees)
-
-
-def divisors(number: int) -> list[int]:
-    """In rising order."""
-    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return low + [number // d for d in reversed(low) if d * d != number]
 
 
 def _multiples(step: int, value: int) -> str:

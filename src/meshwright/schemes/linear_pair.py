@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from meshwright.account import Issue, Ledger, Trace, wire_bytes
+from meshwright.config.legality import divisors
 from meshwright.errors import UserError
 from meshwright.schemes.tape import FLOAT32
 
@@ -100,9 +101,9 @@ class Sizes:
         return tuple(vars(self).items())
 
     def _legal_degrees(self) -> str:
-        common = math.gcd(self.d_model, self.d_ff)
-        below = next(degree for degree in range(self.tensor, 0, -1) if common % degree == 0)
-        above = next((degree for degree in range(self.tensor, common + 1) if common % degree == 0), None)
+        legal = divisors(math.gcd(self.d_model, self.d_ff))
+        below = max(degree for degree in legal if degree <= self.tensor)
+        above = next((degree for degree in legal if degree > self.tensor), None)
         return f"{below} or {above}" if above else f"{below}"
 
 

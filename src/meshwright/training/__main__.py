@@ -17,6 +17,13 @@ from meshwright.errors import UserError
 from meshwright.training import process
 from meshwright.training.run_folder import RunFolder
 
+USAGE = """\
+usage: torchrun --nproc-per-node N -m meshwright.training JOB [--runs DIR] [--section.field value ...]
+
+One rank of a training job. JOB is a TOML file or a catalog name; N is the product of the degrees of its layout.
+The run's folder is made in DIR (runs, if none is named). meshwright train starts the ranks by itself;
+meshwright train --help lists the fields."""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run this rank to its end; returns its exit code."""
@@ -29,12 +36,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], place: process.Place) -> int:
+    if {"-h", "--help"} & set(arguments):
+        if place.rank == 0:
+            print(USAGE)
+        return 0
     try:
         source, options, overrides = _parse(arguments)
         return _train(load_job(source, overrides), options, place)
     except UserError as error:
-        if place.rank == 0:  # all find the same
+        if place.rank == 0:
             print(error, file=sys.stderr)
+        else:
+            process.wait_to_be_ended()  # by what rank 0 found, mostly the same
+            print(f"rank {place.rank}: {error}", file=sys.stderr)
         return 2
 
 

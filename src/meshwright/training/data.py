@@ -55,13 +55,17 @@ class Corpus:
 
     @classmethod
     def open(cls, source: str) -> Corpus:
-        """The corpus that `training.data` names. Raises UserError if it is missing or has no text."""
-        if source:
-            root, name, files = Path(source), source, _text_files(Path(source))
-        else:
-            root = Path(sysconfig.get_paths()["stdlib"])
-            name, files = "the standard library's source", _library_files(root)
-        sizes = [(file, file.stat().st_size) for file in files]
+        """The corpus that `training.data` names. Raises UserError if it is missing, unreadable, or has no text."""
+        name = source or "the standard library's source"
+        try:
+            files = _text_files(Path(source)) if source else _library_files(Path(sysconfig.get_paths()["stdlib"]))
+            sizes = [(file, file.stat().st_size) for file in files]
+        except OSError as error:
+            where = "" if error.filename in (None, source) else f" ({error.filename})"
+            raise UserError(
+                f"training.data = {name} cannot be read: {error.strerror}{where}: "
+                f"name a text file or folder that you can read"
+            ) from None
         sizes = [(file, size) for file, size in sizes if size]
         if not sizes:
             raise UserError(
@@ -116,6 +120,8 @@ def _text_files(root: Path) -> Sequence[Path]:
             f"training.data = {root} does not exist: name a text file or a folder, or leave it empty for the default"
         )
     if not root.is_dir():
+        if root.is_file():
+            root.open("rb").close()  # says now if it cannot be read
         return [root]
     return [file for file in _walk(root, skips=set()) if _is_text(file)]
 
@@ -194,7 +200,8 @@ class Text:
         rows = np.stack([np.stack([self.corpus.read(start, seq_len + 1) for start in micro]) for micro in starts])
         text = torch.from_numpy(rows).to(device, torch.int64)
         positions = torch.arange(seq_len, device=device)
-        return Batch(text[..., :-1].contiguous(), text[..., 1:].contiguous(), positions)
+        # Copies: of a single sequence, both slices are contiguous views of one storage.
+        return Batch(text[..., :-1].clone(), text[..., 1:].clone(), positions)
 
 
 def _draw(seed: int, step: int, sample: int) -> int:

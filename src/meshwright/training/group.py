@@ -15,7 +15,7 @@ import torch.distributed as dist
 from meshwright.comm.mesh import World
 from meshwright.comm.scope import scope
 from meshwright.config.tree import Job
-from meshwright.training.process import Place
+from meshwright.training.process import Place, ended_at_once
 
 
 @contextmanager
@@ -27,11 +27,12 @@ def joined(job: Job, place: Place) -> Iterator[World]:
     device = _own_device(job, place)
     if place.launched:
         _choose_interface(place)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=job.training.timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )
+        with ended_at_once():  # of a rank that failed before it came here, only the launcher's SIGTERM tells the others
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=job.training.timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
     yield World.create(job.layout, device)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -31,8 +31,8 @@ AUDITED_STEP = 1
 
 def run(job: Job, place: Place, folder: RunFolder | None) -> None:
     """Train a checked job to its end on this rank. Collective. Rank 0 brings the folder, the others learn it."""
+    text = Text.open(job, place.rank)  # before joining: who cannot read it says so while nobody waits in a collective
     with joined(job, place) as world:
-        text = Text.open(job, world.rank)
         folder = _same_for_all(folder, text, world)
         state = State.create(job, world)
         if job.training.compile:

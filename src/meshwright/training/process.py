@@ -4,7 +4,10 @@ The launcher's environment is read here and nowhere else. torch is not imported,
 anything slow begins. A rank leaves in one of these ways:
 
     the end             the process group is taken down, exit code 0
-    SIGTERM, SIGINT     `Ended` is raised wherever the rank is, exit code 128 + signal, no traceback
+    SIGTERM, SIGINT     `Ended` is raised wherever the rank is, exit code 128 + signal, no traceback; a rank that is
+                        joining the others waits outside of Python, and is ended by the signal itself
+    a user's mistake    rank 0 says it at once; the others, who mostly find the same, wait for the launcher's SIGTERM
+                        and say it only if that does not come; exit code 2
     a peer is lost      a collective fails; the launcher knows the culprit and is ending everybody, so wait for its
                         SIGTERM and stay silent, or say in one line what failed if it does not come
     the launcher dies   the kernel ends the rank (Linux), for nobody else would
@@ -17,11 +20,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 PEER_GRACE_SECONDS = 5.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -59,8 +64,8 @@ _signal: int | None = None
 
 def end_on_signals() -> None:
     """From now on SIGTERM and SIGINT raise `Ended`, and the rank does not outlive its launcher."""
-    signal.signal(signal.SIGTERM, _on_signal)
-    signal.signal(signal.SIGINT, _on_signal)
+    for number in _SIGNALS:
+        signal.signal(number, _on_signal)
     if Place.of(os.environ).launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
@@ -71,6 +76,21 @@ def _on_signal(number: int, frame: Any) -> None:
     raise Ended(_signal)
 
 
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT end the process by themselves: it waits in C++, where `Ended` cannot be raised.
+
+    For the time before there is anything to clean up.
+    """
+    leave_if_asked()
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def leave_if_asked() -> None:
     """Raise `Ended` if a signal came and its exception was lost."""
     if _signal is not None:
@@ -78,6 +98,6 @@ def leave_if_asked() -> None:
 
 
 def wait_to_be_ended() -> None:
-    """After a collective failed: give the launcher time to end this rank, by `Ended`."""
+    """Where another rank may be the culprit: give the launcher time to end this one, by `Ended`."""
     leave_if_asked()
     time.sleep(PEER_GRACE_SECONDS)
