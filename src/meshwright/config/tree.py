@@ -217,11 +217,11 @@ class Training:
     heldout_every: int = 50
     """Steps between evaluations on the held-out text; 0 evaluates only at the end."""
     heldout_sequences: int = 32
-    """Sequences in one evaluation (at most; rounded down to what divides the layout)."""
+    """Sequences in one evaluation, the same ones for every layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is CUDA if every rank has a GPU, else CPU; for planning, the kind of the cluster's device."""
     compile: bool = False
-    """Compile each block with torch.compile."""
+    """Compile the norms with torch.compile; what communicates stays eager, so the ledger is the same."""
     timeout_seconds: float = 600.0
     """A collective that waits longer ends the run."""
 
