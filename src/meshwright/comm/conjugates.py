@@ -25,7 +25,10 @@ def copy_to(x: torch.Tensor, axis: Axis, site: str) -> torch.Tensor:
 
 
 def reduce_from(x: torch.Tensor, axis: Axis, site: str) -> torch.Tensor:
-    """Sum over the axis, in place; the gradient passes unchanged. The conjugate of `copy_to`."""
+    """Sum over the axis, in place; the gradient passes unchanged. The conjugate of `copy_to`.
+
+    `x` must be nobody else's: not a leaf, not a view, not saved by the operation that made it.
+    """
     return _ReduceFrom.apply(x, axis, site)
 
 
