@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.account import CATEGORIES, diff
+from meshwright.account import CATEGORIES, EXACT_KINDS, diff
 from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
@@ -96,3 +97,17 @@ def test_a_formula_that_forgets_a_collective_is_caught(monkeypatch: pytest.Monke
         "head",
         "loss",
     }
+
+
+@pytest.mark.parametrize("accumulation", [3, 4, 8])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_long_accumulation_is_rehearsed_by_three_micro_batches(accumulation: int, precision: Precision) -> None:
+    """Executing all of them gives the same account, which is the formula's."""
+    job = Case("tied", "replicate 2 × tensor 2", precision, 1).job
+    job = replace(job, training=replace(job.training, accumulation=accumulation, batch=4 * accumulation))
+    short, whole = rehearse_job(job), rehearse_job(job, every_micro_batch=True)
+    assert short.ledger == whole.ledger
+    assert short.footprint == whole.footprint
+    exact = [key for key in whole.work.amounts if key.kind in EXACT_KINDS]
+    assert {key: short.work.amounts[key] for key in exact} == {key: whole.work.amounts[key] for key in exact}
+    assert not list(differences_of(formula(job), short))

@@ -29,7 +29,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from meshwright.account import Compute, Event, Issue, Memory, Trace, Wait
+from meshwright.account import Compute, Event, Issue, Memory, Repeat, Trace, Wait
 from meshwright.audit import operators
 from meshwright.comm import scope, torch_private
 from meshwright.comm.mesh import axis_name
@@ -99,6 +99,7 @@ class Recorder(torch_private.TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._events: list[Event | _Held] = []
+        self._marks: list[int] = []
         self._storages: dict[int, _Storage] = {}
         self._tickets: dict[int, int] = {}
         self._num_issued = 0
@@ -109,17 +110,28 @@ class Recorder(torch_private.TorchDispatchMode):
         self._active = False
         self._stack = ExitStack()
 
-    def trace(self) -> Trace:
-        """The events recorded so far. Storages of modules and optimisers that were there before come first."""
-        before, during = [], []
-        for event in self._events:
+    def trace(self, *, repeat: int = 1) -> Trace:
+        """The events recorded so far. Storages of modules and optimisers that were there before come first.
+
+        What lies between the second and the third `mark` is taken to have happened `repeat` times.
+        """
+        before: list[Event] = []
+        during: list[list[Event]] = [[], [], []]
+        second, third = self._marks[1:3] if len(self._marks) > 2 else (0, 0)
+        for index, event in enumerate(self._events):
+            part = during[(index >= second) + (index >= third)]
             if not isinstance(event, _Held):
-                during.append(event)
+                part.append(event)
             elif event.storage.known_before and event.sign > 0 and event.storage.category in _PERSISTENT:
                 before.append(event.settle())
             else:
-                during.append(event.settle())
-        return Trace((*before, *during))
+                part.append(event.settle())
+        middle = during[1] if repeat == 1 else [Repeat(repeat, tuple(during[1]))]
+        return Trace((*before, *during[0], *middle, *during[2]))
+
+    def mark(self) -> None:
+        """Note this moment, for `trace`."""
+        self._marks.append(len(self._events))
 
     def restart(self) -> None:
         """Forget what was recorded, but for the storages that are alive: the account begins here."""
@@ -127,6 +139,7 @@ class Recorder(torch_private.TorchDispatchMode):
         for storage in storages:
             storage.known_before = True
         self._events = [_Held(storage, 1, "forward", "") for storage in storages]
+        self._marks.clear()
         self._tickets.clear()
 
     # --- entering and leaving ---
