@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,16 +151,37 @@ def test_what_is_not_a_number_is_reported_as_json(ranks: Pool) -> None:
 
 
 def test_an_interrupt_ends_all_ranks_quietly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "meshwright", "verify", "quickstart", "--layout.tensor", "2"]
+    job = [
+        "quickstart",
+        "--layout.tensor",
+        "2",
+        "--training.batch",
+        "64",
+    ]  # half a minute of work, if nobody interrupts
+    command = [sys.executable, "-m", "meshwright", "verify", *job]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, cwd=tmp_path
     )
-    time.sleep(4)
+    ranks_and_their_servers = 5
+    for _ in range(600):
+        if len(_members(process.pid)) >= ranks_and_their_servers:
+            break
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert any(_is_gone(process.pid) for _ in range(100)), "somebody of the group is left"
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        with suppress(ProcessLookupError, ValueError):
+            if os.getpgid(int(entry.name)) == group:
+                members.append(int(entry.name))
+    return members
 
 
 def _is_gone(group: int) -> bool:
