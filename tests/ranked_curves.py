@@ -8,7 +8,7 @@ import torch
 
 from meshwright.account import Memory
 from meshwright.audit.recorder import Recorder
-from meshwright.comm.mesh import World, forget_names
+from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.model.build import assemble, build, specs_of
 from meshwright.training.shard import shard_batch
@@ -24,14 +24,12 @@ def losses(job: Job, steps: int) -> list[float]:
     state = State.create(job, world)
     batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
     curve = [float(step(state, batch, world).loss) for _ in range(steps)]
-    forget_names()
     return curve
 
 
 def local_parameters(job: Job) -> dict[str, torch.Tensor]:
     """This rank's slices."""
     model = build(job, World.create(job.layout, CPU))
-    forget_names()
     return {spec.name: model.get_parameter(spec.name).detach() for spec in specs_of(job)}
 
 
@@ -51,7 +49,6 @@ def memory_of_building(job: Job) -> tuple[int, int, int]:
     world = World.create(job.layout, CPU)
     with Recorder() as recorder:
         build(job, world)
-    forget_names()
     level = peak = 0
     for event in recorder.trace().expanded():
         if isinstance(event, Memory):

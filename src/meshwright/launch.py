@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.account import StepAccount
-from meshwright.config.legality import check_processes, require_legal
+from meshwright.config.legality import check_processes, require_decoder, require_legal
 from meshwright.config.tree import AXES, Job
-from meshwright.errors import UserError
 from meshwright.planner.estimate import estimate
 from meshwright.planner.step import formula
 from meshwright.training.data import Text
@@ -48,11 +47,7 @@ def train(job: Job, processes: int | None, runs: Path) -> int:
 
 def checked(job: Job, processes: int | None = None, *, local_ranks: int | None = None) -> Job:
     """The job with its device resolved. Raises UserError if it cannot run, or not with this number of processes."""
-    if job.model.block != "decoder":
-        raise UserError(
-            f"model.block = {job.model.block} has no vocabulary, so there is nothing to train on "
-            f"(it is for planning and worksheets): use a model whose block is decoder"
-        )
+    require_decoder(job, "train")
     require_legal(job)
     if processes is not None:
         check_processes(job.layout, processes)

@@ -11,7 +11,7 @@ from typing import Any
 
 from meshwright.cli import options
 from meshwright.config.files import load_job
-from meshwright.config.legality import complete_world, require_legal
+from meshwright.config.legality import complete_world, require_decoder, require_legal
 from meshwright.config.ranges import world_mistakes
 from meshwright.config.tree import Job
 from meshwright.config.values import nearest
@@ -138,12 +138,7 @@ def _job(given: options.OfJob) -> Job:
 
 def _executable(job: Job, command: str) -> Job:
     """The job, if there is a step to execute."""
-    if job.model.block != "decoder":
-        raise UserError(
-            f"{command} cannot take {job.name}: model.block = {job.model.block} is linear layers only, with no "
-            f"vocabulary and no loss to train (it is for planning and worksheets): use plan, or a model whose block is "
-            f"decoder"
-        )
+    require_decoder(job, command)
     return job
 
 

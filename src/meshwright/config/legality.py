@@ -39,6 +39,16 @@ def require_legal(job: Job) -> None:
         raise UserError("\n".join(violation.message for violation in found))
 
 
+def require_decoder(job: Job, command: str) -> None:
+    """Raise UserError if there is no step that `command` could execute."""
+    if job.model.block != "decoder":
+        raise UserError(
+            f"{command} cannot take {job.name}: model.block = {job.model.block} is linear layers only, with no "
+            f"vocabulary and no loss to train (it is for planning and worksheets): use plan, or a model whose block is "
+            f"decoder"
+        )
+
+
 def complete_world(layout: Layout, world: int, typed: set[str]) -> Layout:
     """The layout for `--world N`: `replicate` takes what the other degrees leave, unless it was `typed` itself."""
     others = layout.world // layout.replicate

@@ -15,7 +15,7 @@ from meshwright.config.tree import Job
 from meshwright.model.decoder import Decoder
 from meshwright.schemes.params import ParamSpec, param_specs
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build(job: Job, world: World, *, float64: bool = False, materialise: bool = True) -> Decoder:

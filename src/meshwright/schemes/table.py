@@ -23,9 +23,9 @@ from meshwright.errors import UserError
 from meshwright.schemes.decoder import Block
 from meshwright.schemes.params import param_specs
 from meshwright.schemes.replicate import sum_naive
-from meshwright.schemes.tape import Group, Sizes, Tape
+from meshwright.schemes.tape import DTYPE_NAMES, ITEMSIZES, Group, Sizes, Tape
 
-ITEMSIZES = {"bfloat16": 2, "float32": 4}
+ITEMSIZES_BY_DTYPE = {DTYPE_NAMES[precision]: itemsize for precision, itemsize in ITEMSIZES.items()}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _row(scheme: _Scheme, seq: int, hidden: int, degree: int, batch: int) -> Row
         operation=", ".join(sorted({key.operation for key in rows})) or "none",
         calls_forward=calls["forward"],
         calls_backward=calls["backward"],
-        elements=sum(n * key.payload_bytes // ITEMSIZES[key.dtype] for key, n in rows.items()),
+        elements=sum(n * key.payload_bytes // ITEMSIZES_BY_DTYPE[key.dtype] for key, n in rows.items()),
         bytes=sum(n * key.payload_bytes for key, n in rows.items()),
         wire_bytes=sum(n * key.wire_bytes for key, n in rows.items()),
         saved_bytes=_saved_bytes(trace),

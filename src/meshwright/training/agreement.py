@@ -33,7 +33,10 @@ def comparison_table(accounts: Mapping[str, Account], *, memory_bytes: int | Non
         ["", *accounts],
         ["peak memory", *(format_bytes(account["footprint"]["peak"]) for account in accounts.values())],
         ["matmul and attention FLOPs", *(f"{_flops(account):,}" for account in accounts.values())],
-        ["sent by a rank", *(format_bytes(_wire_bytes(account)) for account in accounts.values())],
+        [
+            "sent by a rank",
+            *(format_bytes(Ledger.from_json(account["ledger"]).wire_bytes()) for account in accounts.values()),
+        ],
         ["step", *(_seconds(account["timeline"]["step_seconds"]) for account in accounts.values())],
     ]
     if memory_bytes is not None:
@@ -44,10 +47,6 @@ def comparison_table(accounts: Mapping[str, Account], *, memory_bytes: int | Non
 def _flops(account: Account) -> int:
     by_kind = account["work"]["by_kind"]
     return sum(by_kind.get(kind, {"flops": 0})["flops"] for kind in EXACT_KINDS)
-
-
-def _wire_bytes(account: Account) -> int:
-    return sum(row["wire_bytes"] * row["count"] for row in account["ledger"])
 
 
 def _seconds(seconds: float | None) -> str:

@@ -10,8 +10,6 @@ from contextlib import nullcontext
 
 import torch
 
-from meshwright.account import StepAccount
-from meshwright.audit.recorder import Recorder
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
@@ -23,7 +21,7 @@ from meshwright.training.process import Place, leave_if_asked
 from meshwright.training.progress import Outcome, Report
 from meshwright.training.run_folder import RunFolder
 from meshwright.training.schedule import learning_rate
-from meshwright.training.step import Batch, State, StepResult, step
+from meshwright.training.step import State, audited_step, step
 
 AUDITED_STEP = 1
 """The second step: optimiser states exist."""
@@ -88,14 +86,6 @@ def _timed_step(index: int, state: State, text: Text, world: World, report: Repo
     due = index + 1 == training.steps or (training.heldout_every and (index + 1) % training.heldout_every == 0)
     heldout_loss = evaluate(state, text, world) if due else None
     return Outcome(index + 1, loss, grad_norm, rate, seconds, heldout_loss)
-
-
-def audited_step(state: State, batch: Batch, world: World) -> tuple[StepResult, StepAccount]:
-    """Take a step and account for it, on this rank."""
-    with Recorder() as recorder:
-        result = step(state, batch, world)
-    job = state.job
-    return result, StepAccount.of(recorder.trace(), source="run", rank=world.rank, world=job.layout.world, job=job.name)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from meshwright.account import StepAccount
+from meshwright.audit.recorder import Recorder
 from meshwright.comm.mesh import World
 from meshwright.comm.scope import scope
 from meshwright.config.tree import Job
@@ -84,6 +86,14 @@ def step(state: State, batch: Batch, world: World) -> StepResult:
     grad_norm = gradients.clip(state.model, state.specs, world, state.job.training.clip_norm)
     state.optimiser.step()
     return StepResult(loss, grad_norm)
+
+
+def audited_step(state: State, batch: Batch, world: World) -> tuple[StepResult, StepAccount]:
+    """Take a step and account for it, on this rank. It should be the second: then the optimiser's states exist."""
+    with Recorder() as recorder:
+        result = step(state, batch, world)
+    job = state.job
+    return result, StepAccount.of(recorder.trace(), source="run", rank=world.rank, world=job.layout.world, job=job.name)
 
 
 def forward_backward(state: State, batch: Batch, world: World) -> torch.Tensor:

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from meshwright.account import PEAK_TOLERANCE, Difference, StepAccount, diff
-from meshwright.audit.recorder import Recorder
 from meshwright.comm import scope
-from meshwright.comm.mesh import World, forget_names
+from meshwright.comm.mesh import World
 from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.training.shard import shard_batch
-from meshwright.training.step import Batch, State, step
+from meshwright.training.step import Batch, State, audited_step, step
 from meshwright.verify.observe import global_batch
 
 # Narrow models have four layers: the few kilobytes in which oneDNN reorders a bf16 operand, seen by the profiler alone,
@@ -173,12 +171,8 @@ def run_case(job: Job) -> tuple[StepAccount, int]:
     state = State.create(job, world)
     batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
     step(state, batch, world)
-    with Recorder() as recorder:
-        step(state, batch, world)
-    account = StepAccount.of(recorder.trace(), source="run", rank=world.rank, world=dist.get_world_size(), job=job.name)
-    witnessed = min(profiled_peak(state, batch, world) for _ in range(PROFILED_STEPS))
-    forget_names()
-    return account, witnessed
+    _, account = audited_step(state, batch, world)
+    return account, min(profiled_peak(state, batch, world) for _ in range(PROFILED_STEPS))
 
 
 def profiled_peak(state: State, batch: Batch, world: World) -> int:

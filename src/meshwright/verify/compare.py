@@ -55,10 +55,11 @@ def compare(
     formula_vs_rehearsal = _ledger_differences([formula] * len(rehearsals), rehearsals)
     rehearsal_vs_run = _ledger_differences(rehearsals, accounts)
     loss_error, _ = _worst_loss(runs, references)
+    wrong_loss = _first_loss(job, runs, references)
     gradient_errors = _gradient_errors(job, runs, references)
     first = (
         _first_probe("activation", job, runs, references)
-        or _first_loss(job, runs, references)
+        or wrong_loss
         or _first_probe("gradient", job, runs, references)
         or _first_gradient(gradient_errors)
         or _first_row(formula_vs_rehearsal, rehearsal_vs_run)
@@ -70,7 +71,7 @@ def compare(
         formula_vs_rehearsal=tuple(d for _, d in formula_vs_rehearsal),
         rehearsal_vs_run=tuple(d for _, d in rehearsal_vs_run),
         loss_error=loss_error / abs(references.exact.loss),
-        loss_passes=_first_loss(job, runs, references) is None,
+        loss_passes=wrong_loss is None,
         gradients=_summary(gradient_errors),
         first_difference=first,
     )

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from meshwright.account import StepAccount
-from meshwright.audit.recorder import Recorder
-from meshwright.comm.mesh import World, forget_names
+from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.model.build import local_part
 from meshwright.model.decoder import Decoder
 from meshwright.parallel.tensor import IGNORE
 from meshwright.schemes.params import ParamSpec
 from meshwright.training.shard import shard_batch
-from meshwright.training.step import Batch, State, forward_backward, step
+from meshwright.training.step import Batch, State, audited_step, forward_backward, step
 from meshwright.verify.probes import Probes, probing
 
 Instrument = Callable[[Decoder, World], None]
@@ -40,17 +38,12 @@ def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
 
     Run by every rank of the layout, in an initialised process group.
     """
-    world = World.create(job.layout, torch.device("cpu" if job.training.device == "cpu" else "cuda"))
+    world = World.create(job.layout, torch.device("cpu"))
     state = _prepare(job, world, instrument)
     batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
-    batch = Batch(*(t.to(world.device) for t in batch))
     observation = _observe(state, batch, world)
     step(state, batch, world)
-    with Recorder() as recorder:
-        step(state, batch, world)
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    observation.account = StepAccount.of(recorder.trace(), source="run", rank=rank, world=size, job=job.name)
-    forget_names()
+    _, observation.account = audited_step(state, batch, world)
     return observation
 
 
