@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from meshwright import __version__
 from meshwright.cli import main
 from meshwright.cli.options import COMMANDS
+from meshwright.cli.worksheets import WORKSHEETS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -68,15 +71,29 @@ MISTAKES = {
     "ffn to train": ("train", "xxl-ffn"),
     "missing sizes": ("schemes", "--seq", "4096"),
     "schemes degree": ("schemes", "--seq", "4096", "--hidden", "1024", "--degree", "3"),
+    "no worksheet": ("worksheet", "--json"),
     "unknown worksheet": ("worksheet", "linear-pairs"),
+    "unknown worksheet at all": ("worksheet", "--tensor", "4", "fly"),
+    "help of an unknown worksheet": ("worksheet", "activation", "--help"),
+    "two worksheets": ("worksheet", "linear-pair", "activation-memory"),
+    "option of another worksheet": ("worksheet", "activation-memory", "--d-ff", "4096"),
+    "flag of another worksheet": ("worksheet", "--run", "activation-memory"),
+    "mistyped option of a worksheet": ("worksheet", "activation-memory", "--hiden", "4096"),
     "worksheet degree": ("worksheet", "linear-pair", "--tensor", "3"),
+    "worksheet sizes": ("worksheet", "activation-memory", "--heads", "60", "--tensor", "7", "--seq=0", "--batch=0"),
     "worksheet beyond memory": ("worksheet", "linear-pair", "--d-model", "100000000", "--run"),
     "beyond range": ("plan", "quickstart", "--layout.replicate", "1000000000000"),
     "world beyond range": ("rehearse", "quickstart", "--world", "1000000000000"),
     "name too long": ("plan", "x" * 5000),
 }
 
-NUM_LINES = {"missing sizes": 2, "tensor does not divide": 3, "two rules at once": 4, "no legal layout": 4}
+NUM_LINES = {
+    "missing sizes": 2,
+    "tensor does not divide": 3,
+    "two rules at once": 4,
+    "no legal layout": 4,
+    "worksheet sizes": 4,
+}
 """Where not one: a degree of 3 breaks the rules of heads, KV heads and d_ff."""
 
 EXPECTED = {
@@ -95,6 +112,22 @@ EXPECTED = {
     "zero": "--devices = 0 is not a whole number above 0",
     "no value": "--devices has no value (options are --name value or --name=value): give it one",
     "no value before an option": "--layout.tensor has no value (options are --name value or --name=value): give it one",
+    "no worksheet": "worksheet needs a NAME: give one of linear-pair, activation-memory",
+    "unknown worksheet": "linear-pairs is not a worksheet: did you mean linear-pair?",
+    "unknown worksheet at all": "fly is not a worksheet: use one of linear-pair, activation-memory",
+    "help of an unknown worksheet": "activation is not a worksheet: did you mean activation-memory?",
+    "two worksheets": "'activation-memory' is one argument too many for worksheet linear-pair: leave it out",
+    "option of another worksheet": (
+        "--d-ff is not an option of worksheet activation-memory (it is one of linear-pair): "
+        "use one of --seq, --batch, --hidden, --heads, --tensor, --json"
+    ),
+    "flag of another worksheet": (
+        "--run is not an option of worksheet activation-memory (it is one of linear-pair): "
+        "use one of --seq, --batch, --hidden, --heads, --tensor, --json"
+    ),
+    "mistyped option of a worksheet": (
+        "--hiden is not an option of worksheet activation-memory: did you mean --hidden?"
+    ),
     "rank": "--rank 1 is not in a world of 1 (ranks count from 0): use 0 to 0",
     "processes to verify": (
         "--processes 3 is not the product of the degrees, tensor 2 = 2: use --processes 2, or change a degree"
@@ -299,6 +332,37 @@ def test_schemes(capsys: Capture) -> None:
     assert "Megatron" in out
 
 
+@pytest.mark.parametrize("name", WORKSHEETS)
+def test_help_of_worksheets(name: str, capsys: Capture) -> None:
+    _, listed, _ = run(capsys, "worksheet", "--help")
+    assert f"  {name} " in listed
+    code, out, err = run(capsys, "worksheet", name, "--help")
+    assert (code, err) == (0, "")
+    assert f"meshwright worksheet {name}" in out
+    own = {f"--{field.name.replace('_', '-')}" for field in fields(cast(Any, WORKSHEETS[name]))}
+    assert set(re.findall(r"--[a-z][a-z-]*", out)) - {"--help"} == own
+
+
+def test_name_of_a_worksheet_in_every_place(capsys: Capture) -> None:
+    for words in (
+        "activation_memory --tensor 4",
+        "--tensor 4 activation-memory",
+        "--json activation-memory --tensor=4",
+    ):
+        assert run_json(capsys, "worksheet", *words.split())["inputs"]["tensor"] == 4
+
+
+def test_activation_memory(capsys: Capture) -> None:
+    found = run_json(capsys, "worksheet", "activation-memory")
+    assert set(found) == {"name", "inputs", "figures"}
+    assert found["name"] == "activation-memory"
+    assert found["inputs"] == {"seq": 2048, "batch": 4, "hidden": 6144, "heads": 64, "tensor": 8}
+    assert found["figures"]["bytes_per_layer"]["tensor_sequence_selective"] == 213_909_504
+    code, out, _ = run(capsys, "worksheet", "activation-memory")
+    assert code == 0
+    assert "213,909,504" in out
+
+
 def test_worksheet(capsys: Capture) -> None:
     found = run_json(capsys, "worksheet", "linear-pair")
     assert found["name"] == "linear-pair"
@@ -335,7 +399,9 @@ def test_verify_exits_1_where_something_differs(monkeypatch: pytest.MonkeyPatch,
         ("plan", "llama3-8b", "--devices", "64"),
         ("layout", "quickstart"),
         ("schemes", "--seq", "128", "--hidden", "256", "--degree", "2"),
+        ("worksheet", "--help"),
         ("worksheet", "linear-pair"),
+        ("worksheet", "activation-memory"),
         ("rehearse", "quickstart", "--layout.tensor", "3"),
         ("train", "quickstart", "--layout.tensr", "3"),
     ],

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.cli import options
+from meshwright.cli.worksheets import Sheet
 from meshwright.config.files import load_job
 from meshwright.config.legality import complete_world, require_decoder, require_legal
 from meshwright.config.ranges import world_mistakes
 from meshwright.config.tree import Job
-from meshwright.config.values import nearest
 from meshwright.errors import UserError
 
 
@@ -105,28 +105,9 @@ def schemes(given: options.Schemes) -> int:
     return 0
 
 
-def worksheet(given: options.Worksheet) -> int:
+def worksheet(given: Sheet) -> int:
     """1 where a run does not agree with its formula."""
-    from meshwright.schemes import linear_pair
-
-    if given.name.replace("_", "-") != linear_pair.NAME:
-        fix = nearest(given.name, [linear_pair.NAME]) or f": use {linear_pair.NAME}"
-        raise UserError(f"{given.name} is not a worksheet{fix}")
-    sizes = (given.batch, given.seq, given.d_model, given.d_ff, given.tensor)
-    if not given.run:
-        if given.json:
-            return _print_json(linear_pair.worksheet(*sizes))
-        print(linear_pair.text(*sizes))
-        return 0
-    text = linear_pair.text(*sizes)  # checks the sizes before torch is imported
-    from meshwright.parallel.linear_pair import comparison, run
-
-    ran = run(*sizes)
-    if given.json:
-        _print_json(ran)
-    else:
-        print(f"{text}\n\n{comparison(ran)}")
-    return 0 if ran["agree"] else 1
+    return given.show()
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------

@@ -50,19 +50,30 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"meshwright {__version__}")
         return 0
-    from meshwright.cli.options import COMMANDS, parse_options, print_help
+    from meshwright.cli.options import COMMANDS, MEMBERS, choose_member, parse_options, print_help, print_members
 
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
         raise UserError(f"{name} is not a command: {fix}")
-    if any(argument in _HELP for argument in rest):
-        print_help(COMMANDS[name], name)
+    wants_help = any(argument in _HELP for argument in rest)
+    rest = [argument for argument in rest if argument not in _HELP]
+    cls, words = COMMANDS[name], name
+    if name in MEMBERS:
+        member, rest = choose_member(name, rest)
+        if member is None and wants_help:
+            print_members(name)
+            return 0
+        if member is None:
+            raise UserError(f"{name} needs a NAME: give one of {', '.join(MEMBERS[name])}")
+        cls, words = MEMBERS[name][member], f"{name} {member}"
+    if wants_help:
+        print_help(cls, words)
         return 0
     from meshwright.cli import commands
 
-    return getattr(commands, name)(parse_options(COMMANDS[name], name, rest))
+    return getattr(commands, name)(parse_options(cls, words, rest))
 
 
 def overview() -> str:

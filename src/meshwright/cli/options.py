@@ -8,13 +8,14 @@ of several lines and ours are one line each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from meshwright import catalog
+from meshwright.cli.worksheets import WORKSHEETS
 from meshwright.config import overrides
 from meshwright.config.values import WrongValueError, nearest, parse
 from meshwright.errors import UserError
@@ -111,26 +112,8 @@ class Schemes:
     """Print one JSON object and nothing else."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Worksheet:
-    """Work an exercise of the field. linear-pair: two linear layers on tensor-parallel ranks, each pair of splits."""
-
-    name: str
-    """linear-pair."""
-    batch: int = 8
-    """Sequences."""
-    seq: int = 128
-    """Tokens in a sequence."""
-    d_model: int = 1024
-    """Width of input and output."""
-    d_ff: int = 4096
-    """Width between the layers."""
-    tensor: int = 4
-    """Ranks."""
-    run: bool = False
-    """Execute each pairing on ranks here and count what they send."""
-    json: bool = False
-    """Print one JSON object and nothing else."""
+    """Work an exercise of the field by formula; NAME says which, and each has its own options."""
 
 
 COMMANDS: dict[str, type[Any]] = {
@@ -143,14 +126,37 @@ COMMANDS: dict[str, type[Any]] = {
     "worksheet": Worksheet,
 }
 
-_POSITIONAL = ("job", "name")
+MEMBERS: dict[str, Mapping[str, type[Any]]] = {"worksheet": WORKSHEETS}
+"""Commands whose first word, a NAME, chooses the class of options."""
+
+_POSITIONAL = "job"
 _AT_LEAST_ONE = ("devices", "top", "world", "processes")
 
 T = TypeVar("T")
 
 
+def choose_member(command: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The NAME that stands among the arguments of a command with members, None if none does, and the others.
+
+    Raises UserError if there is no such member.
+    """
+    members = MEMBERS[command]
+    kinds = {name: kind for cls in members.values() for name, kind in _kinds(cls).items()}
+    for i in range(len(arguments)):
+        if words := _split(kinds, arguments[: i + 1])[0]:
+            name = words[0].replace("_", "-")
+            if name not in members:
+                fix = nearest(name, members) or f": use one of {', '.join(members)}"
+                raise UserError(f"{words[0]} is not a {command}{fix}")
+            return name, [*arguments[:i], *arguments[i + 1 :]]
+    return None, list(arguments)
+
+
 def parse_options(cls: type[T], command: str, arguments: Sequence[str]) -> T:
-    """The options object from the arguments of a command. Raises UserError with a line for each mistake."""
+    """The options object from the arguments of a command, or of a member (`worksheet linear-pair`), without its name.
+
+    Raises UserError with a line for each mistake.
+    """
     kinds = _kinds(cls)
     words, pairs, mistakes = _split(kinds, arguments)
     takes_job = issubclass(cls, OfJob)
@@ -158,7 +164,7 @@ def parse_options(cls: type[T], command: str, arguments: Sequence[str]) -> T:
     values: dict[str, Any] = {}
     set_fields = []
     for name, text in pairs:
-        if name in kinds and name not in _POSITIONAL:
+        if name in kinds and name != _POSITIONAL:
             try:
                 values[name] = _value(name, text, kinds[name])
             except WrongValueError as error:
@@ -167,10 +173,9 @@ def parse_options(cls: type[T], command: str, arguments: Sequence[str]) -> T:
             set_fields.append((name, text))
         else:
             mistakes.append(_unknown(name, command, kinds, settings))
-    positional = next((name for name in _POSITIONAL if name in kinds), None)
-    if positional and words:
-        values[positional] = words[0]
-    mistakes += [f"{word!r} is one argument too many for {command}: leave it out" for word in words[bool(positional) :]]
+    if takes_job and words:
+        values[_POSITIONAL] = words.pop(0)
+    mistakes += [f"{word!r} is one argument too many for {command}: leave it out" for word in words]
     if mistakes := mistakes or _missing(cls, command, values):
         raise UserError("\n".join(mistakes))
     given = cls(**values)
@@ -179,12 +184,22 @@ def parse_options(cls: type[T], command: str, arguments: Sequence[str]) -> T:
     return given
 
 
+def print_members(command: str) -> None:
+    """The help of a command with members: a line for each of them."""
+    members = MEMBERS[command]
+    width = max(map(len, members))
+    print(f"usage: meshwright {command} NAME [--option value ...]\n\n{COMMANDS[command].__doc__}\n")
+    for name, cls in members.items():
+        print(f"  {name:<{width}}  {(cls.__doc__ or '').partition(chr(10))[0]}")
+    print(f"\nmeshwright {command} NAME --help explains one of them.")
+
+
 def print_help(cls: type[Any], command: str) -> None:
     """The help of one command, and after it every field that can be set."""
     import tyro
 
     config = [tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName]
-    if set(_POSITIONAL) & set(_kinds(cls)):
+    if _POSITIONAL in _kinds(cls):
         config.append(tyro.conf.PositionalRequiredArgs)
     with suppress(SystemExit):  # tyro's way to end after a help text
         tyro.cli(cls, prog=f"meshwright {command}", description=cls.__doc__, args=["--help"], config=config)
@@ -244,21 +259,19 @@ def _option(name: str) -> str:
 
 
 def _unknown(name: str, command: str, kinds: dict[str, Any], settings: list[str]) -> str:
-    own = [_option(own) for own in kinds if own not in _POSITIONAL]
+    own = [_option(own) for own in kinds if own != _POSITIONAL]
     known = [*own, *(f"--{path}" for path in settings)]
-    fix = nearest(_option(name), known) or f": use one of {', '.join(own)}" + (
-        ", or a field of the job" if settings else ""
-    )
-    return f"{_option(name)} is not an option of {command}{fix}"
+    listed = f": use one of {', '.join(own)}" + (", or a field of the job" if settings else "")
+    family = MEMBERS.get(command.partition(" ")[0], {})
+    if others := [member for member, cls in family.items() if name in _kinds(cls)]:
+        return f"{_option(name)} is not an option of {command} (it is one of {', '.join(others)}){listed}"
+    return f"{_option(name)} is not an option of {command}{nearest(_option(name), known) or listed}"
 
 
 def _missing(cls: type[Any], command: str, values: dict[str, Any]) -> list[str]:
     """A line for each thing that must be given and was not."""
     required = [f.name for f in fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
-    needs = {
-        "job": f"a JOB: give a TOML file, or one of {', '.join(catalog.names('models'))}",
-        "name": "a NAME: give linear-pair",
-    }
+    needs = {"job": f"a JOB: give a TOML file, or one of {', '.join(catalog.names('models'))}"}
     return [
         f"{command} needs {needs.get(name, f'{_option(name)}: give it a whole number')}"
         for name in required
