@@ -3,6 +3,8 @@
     agreement     every case of the agreement matrix: formula = rehearsal = run, and the profiler's witness
     rehearsal     `meshwright rehearse llama3-405b --layout.tensor 8 --world 1024`: seconds and resident memory
     planning      `meshwright plan llama3-8b --devices 64 --json`: seconds, with start-up
+    attention-context
+                  `meshwright bench ring`: attention over a divided sequence, ring contiguous and zigzag, Ulysses, both
 
 `python benchmarks/commands.py [NAME ...]` runs some of them. Limits are the project's own targets.
 """
@@ -17,9 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from meshwright.bench import record
+from meshwright.bench import record, ring
+from meshwright.bench.context import Setting
 from meshwright.comm.ranks import Ranks
-from meshwright.verify.agreement import all_cases, check
+from meshwright.verify.agreement import check
+from meshwright.verify.matrix import all_cases, all_long_cases
 
 PROGRAM = str(Path(sys.executable).with_name("meshwright"))
 GIB = 2**30
@@ -28,8 +32,8 @@ GIB = 2**30
 def agreement() -> list[dict[str, Any]]:
     """A row for each case."""
     rows = []
-    cases = sorted(all_cases(), key=lambda case: case.job.layout.world)
-    for world in (1, 2, 4):
+    cases = [*all_cases(), *all_long_cases()]
+    for world in (1, 2, 3, 4, 8):
         with Ranks(world) as ranks:
             for case in (case for case in cases if case.job.layout.world == world):
                 found = check(case, ranks)
@@ -59,6 +63,11 @@ def planning() -> list[dict[str, Any]]:
     return [record.row(**about, samples=[run[0] for run in runs], unit="s", limit=0.5, limit_kind="least")]
 
 
+def attention_context() -> list[dict[str, Any]]:
+    """A row for each layout, and for each comparison."""
+    return ring.measure(Setting())
+
+
 def _timed(command: list[str]) -> tuple[float, int, str]:
     """Seconds, peak resident bytes and output of a program that must succeed."""
     began = time.perf_counter()
@@ -72,7 +81,12 @@ def _timed(command: list[str]) -> tuple[float, int, str]:
     return seconds, usage.ru_maxrss * 1024, output
 
 
-BENCHMARKS = {"agreement": agreement, "rehearsal": rehearsal, "planning": planning}
+BENCHMARKS = {
+    "agreement": agreement,
+    "rehearsal": rehearsal,
+    "planning": planning,
+    "attention-context": attention_context,
+}
 
 
 def main(names: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from meshwright.config.tree import Job, Layout, Model, Training
-from meshwright.verify.agreement import LAYOUTS, MODELS
+from meshwright.verify.matrix import LAYOUTS, MODELS
 
 
 def tiny_job(

@@ -1,13 +1,16 @@
 """Bugs planted into a decoder: collectives that are missing, doubled, on the wrong axis or on the wrong tensor.
 
 Each is an instrument for `verify.verify.verify_on`: it swaps the axis of one module, chosen by name, for one that
-misbehaves in forward or in backward. Importable by name, because ranks receive them pickled.
+misbehaves in forward or in backward, or how one layer attends. Importable by name, because ranks receive them pickled.
+All of it goes with the model and the world of one verification: the ranks of a pool serve others afterwards.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,10 @@ from meshwright.comm import torch_private
 from meshwright.comm.collectives import Axis, Pending
 from meshwright.comm.mesh import World
 from meshwright.model.decoder import Decoder
+from meshwright.parallel import context
+from meshwright.parallel.context import ContextAttention
+from meshwright.parallel.sequence import Region
+from meshwright.schemes.ring import Schedule
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,124 @@ class Fault:
 
     def __call__(self, model: Decoder, world: World) -> None:
         owner: Any = model.get_submodule(self.module)
-        axis = owner.axis
-        owner.axis = FaultyAxis(
-            axis.name, axis.size, axis.rank, axis.group, self.fault, self.in_backward, world.axes["replicate"]
+        other = world.axes["replicate"]
+        _replace_axis(
+            owner, lambda axis: FaultyAxis(**vars(axis), fault=self.fault, in_backward=self.in_backward, other=other)
         )
+
+
+def _replace_axis(owner: Any, change: Callable[[Axis], Axis]) -> None:
+    """Change the axis of a module, or that of its region."""
+    if hasattr(owner, "region"):
+        owner.region = replace(owner.region, axis=change(owner.region.axis))
+    else:
+        owner.axis = change(owner.axis)
+
+
+def norms_not_summed(model: Decoder, world: World) -> None:
+    """The sum of partial gradients over the tensor axis is thrown away."""
+    key = f"tensor/{world.layout.tensor}"
+    assert key in world.axes, "no gradient is partial over the whole tensor axis"
+    world.axes[key] = FaultyAxis(**vars(world.axes[key]), fault="wrong tensor")
+
+
+@dataclass(frozen=True)
+class _GradientsElsewhere(Axis):
+    """Sums counts and losses, but gradients over another axis."""
+
+    other: Any = None
+
+    def all_reduce(self, tensor: torch.Tensor, **keywords: Any) -> Pending:
+        axis = super() if tensor.dtype in (torch.int64, torch.float64) else self.other
+        return axis.all_reduce(tensor, **keywords)
+
+
+def gradient_group_without_ring(model: Decoder, world: World) -> None:
+    """All that is summed over the gradient group is summed over replicate alone."""
+    world.axes[world.layout.gradient_axis] = world.axes["replicate"]
+
+
+def gradients_not_summed_over_the_ring(model: Decoder, world: World) -> None:
+    """Gradients are summed over replicate alone; token counts and losses over the whole group."""
+    own = _GradientsElsewhere(**vars(world.gradient_axis), other=world.axes["replicate"])
+    world.axes[world.layout.gradient_axis] = own
+
+
+@dataclass(frozen=True)
+class FaultyAttention:
+    """Let one layer attend by a kind of `ContextAttention` that has a fault."""
+
+    layer: int
+    kind: Callable[..., ContextAttention]
+
+    def __call__(self, model: Decoder, world: World) -> None:
+        attention: Any = model.layers[self.layer].attention
+        attention.attend = self.kind(**vars(attention.attend))
+
+
+class ShowsLaterTokens(ContextAttention):
+    """A ring whose ranks forget the triangle: each sees all the keys that are its own."""
+
+    def __call__(self, qkv: list[torch.Tensor], site: str) -> torch.Tensor:
+        schedule = context.schedule
+
+        def unmasked(*args: Any) -> Schedule:
+            plan = schedule(*args)
+            blocks = (tuple(block._replace(masked=False) for block in step.blocks) for step in plan.steps)
+            return replace(plan, steps=tuple(map(lambda s, b: s._replace(blocks=b), plan.steps, blocks)))
+
+        with mock.patch.object(context, "schedule", unmasked):
+            return super().__call__(qkv, site)
+
+
+class PermutesHeads(ContextAttention):
+    """An exchange that sends heads to the rank at the other end of the axis, and takes them for its own."""
+
+    def __call__(self, qkv: list[torch.Tensor], site: str) -> torch.Tensor:
+        to_heads = context.to_heads
+
+        def mistaken(tensors: Sequence[torch.Tensor], axis: Axis, site: str) -> tuple[torch.Tensor, ...]:
+            return to_heads(tensors, _OtherEnd(**vars(axis)), site)
+
+        with mock.patch.object(context, "to_heads", mistaken):
+            return super().__call__(qkv, site)
+
+
+@dataclass(frozen=True)
+class _OtherEnd(Axis):
+    """Sends to each rank, in forward, what the one at the other end should have."""
+
+    def all_to_all(self, tensor: torch.Tensor, **keywords: Any) -> Pending:
+        return super().all_to_all(tensor if torch_private.in_backward() else tensor.flip(0), **keywords)
+
+
+@dataclass(frozen=True)
+class SendsKeysTwice:
+    """The ring of one layer on which keys travel in the place of values, in one phase; so do their gradients."""
+
+    layer: int
+    in_backward: bool
+
+    def __call__(self, model: Decoder, world: World) -> None:
+        attention: Any = model.layers[self.layer].attention
+        ring = _FirstTwice(**vars(attention.attend.ring), in_backward=self.in_backward)
+        attention.attend = replace(attention.attend, ring=ring)
+
+
+@dataclass(frozen=True)
+class _FirstTwice(Axis):
+    """Of each pair that is sent, sends the first twice, in one phase."""
+
+    in_backward: bool = False
+    first: list[torch.Tensor] = field(default_factory=list)
+
+    def shift(self, tensor: torch.Tensor, **keywords: Any) -> Pending:
+        if torch_private.in_backward() == self.in_backward:
+            if self.first:
+                tensor = self.first.pop().clone()
+            else:
+                self.first.append(tensor)
+        return super().shift(tensor, **keywords)
 
 
 def wrong_divisor(model: Decoder, world: World) -> None:
@@ -124,10 +245,9 @@ class BareAllReduce:
 
 def every_axis_right(model: Decoder, world: World) -> None:
     """No fault: the instrument that the others are compared with."""
-    module: Any
     for module in model.modules():
-        if isinstance(getattr(module, "axis", None), Axis):
-            module.axis = replace(module.axis)
+        if isinstance(getattr(module, "axis", None), Axis) or isinstance(getattr(module, "region", None), Region):
+            _replace_axis(module, replace)
 
 
 def not_a_number(model: Decoder, world: World) -> None:

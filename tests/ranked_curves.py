@@ -11,20 +11,33 @@ from meshwright.audit.recorder import Recorder
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.model.build import assemble, build, specs_of
+from meshwright.parallel.loss import IGNORE
 from meshwright.training.shard import shard_batch
-from meshwright.training.step import State, step
+from meshwright.training.step import Batch, State, step
 from meshwright.verify.observe import global_batch
 
 CPU = torch.device("cpu")
 
 
-def losses(job: Job, steps: int) -> list[float]:
-    """The losses of so many steps on one repeated batch."""
+def losses(job: Job, steps: int, labelled: int | None = None) -> list[float]:
+    """The losses of so many steps on one repeated batch, of which only the first tokens may be `labelled`."""
     world = World.create(job.layout, CPU)
     state = State.create(job, world)
-    batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
-    curve = [float(step(state, batch, world).loss) for _ in range(steps)]
-    return curve
+    batch = _batch(job, world, labelled)
+    return [float(step(state, batch, world).loss) for _ in range(steps)]
+
+
+def num_labels(job: Job, labelled: int | None = None) -> int:
+    """Labels of this rank's part of that batch."""
+    return int((_batch(job, World.create(job.layout, CPU), labelled).labels != IGNORE).sum())
+
+
+def _batch(job: Job, world: World, labelled: int | None) -> Batch:
+    tokens, labels = global_batch(job)
+    if labelled is not None:
+        labels = tokens.roll(-1, dims=1)
+        labels[:, labelled:] = IGNORE
+    return shard_batch(tokens, labels, job, job.layout.coordinates(world.rank))
 
 
 def local_parameters(job: Job) -> dict[str, torch.Tensor]:

@@ -24,7 +24,9 @@ from meshwright.audit.recorder import Recorder
 from meshwright.comm.collectives import Axis
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Layout
-from meshwright.parallel import tensor
+from meshwright.parallel import loss, tensor
+from meshwright.parallel.recompute import rerun
+from meshwright.parallel.sequence import Region
 
 SITE = "here"
 
@@ -70,30 +72,47 @@ def recorded(function: Callable[..., Any], leaves: Sequence[torch.Tensor], dys: 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
+def outside(whole: torch.Tensor, split: bool) -> torch.Tensor:
+    """What this rank has of an activation [B, S, E] outside of the tensor-parallel regions."""
+    return own(whole, 1) if split else whole
+
+
 def column(
-    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dys: list[torch.Tensor]
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    dys: list[torch.Tensor],
+    split: bool = False,
 ) -> Outcome:
     """Linear layers on one input, split by columns; as many biases as weights, or none."""
-    count = len(weights)
+    count, region = len(weights), Region(axis(), split)
 
     def layers(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tensor.column_linear(x, parameters[:count], parameters[count:] or [None] * count, axis(), SITE)
+        return tensor.column_linear(x, parameters[:count], parameters[count:] or [None] * count, region, SITE)
 
-    return recorded(layers, [x, *(own(p, 0) for p in (*weights, *biases))], [own(dy, -1) for dy in dys])
+    return recorded(layers, [outside(x, split), *(own(p, 0) for p in (*weights, *biases))], [own(dy, -1) for dy in dys])
 
 
-def row(x: torch.Tensor, weight: torch.Tensor, biases: list[torch.Tensor], dy: torch.Tensor) -> Outcome:
+def row(
+    x: torch.Tensor, weight: torch.Tensor, biases: list[torch.Tensor], dy: torch.Tensor, split: bool = False
+) -> Outcome:
     """A linear layer split by rows; one bias or none."""
+    region = Region(axis(), split)
 
     def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return tensor.row_linear(x, weight, bias, axis(), SITE)
+        return tensor.row_linear(x, weight, bias, region, SITE)
 
-    return recorded(layer, [own(x, -1), own(weight, 1), *biases], [dy])
+    return recorded(layer, [own(x, -1), own(weight, 1), *biases], [outside(dy, split)])
 
 
-def embedding(tokens: torch.Tensor, table: torch.Tensor, dy: torch.Tensor) -> Outcome:
+def embedding(tokens: torch.Tensor, table: torch.Tensor, dy: torch.Tensor, split: bool = False) -> Outcome:
     """A table split by rows."""
-    return recorded(lambda w: tensor.vocab_embedding(tokens, w, dy.dtype, axis(), SITE), [own(table, 0)], [dy])
+    region = Region(axis(), split)
+
+    def layer(weight: torch.Tensor) -> torch.Tensor:
+        return tensor.vocab_embedding(tokens, weight, dy.dtype, region, SITE)
+
+    return recorded(layer, [own(table, 0)], [outside(dy, split)])
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, padding: float, dloss: torch.Tensor) -> Outcome:
@@ -101,39 +120,63 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, padding: float, dl
     columns = own(torch.arange(1.0, 1 + logits.shape[-1]), 0)
     local = torch.where(columns == 0, padding, own(logits, -1))
     vocab_size = logits.shape[-1]
-    return recorded(lambda y: tensor.vocab_cross_entropy(y, labels, vocab_size, axis(), SITE), [local], [dloss])
+    return recorded(lambda y: loss.vocab_cross_entropy(y, labels, vocab_size, axis(), SITE), [local], [dloss])
+
+
+def rerun_pair(
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, dy: torch.Tensor, split: bool
+) -> tuple[Outcome, Outcome]:
+    """A column- and a row-parallel layer as they are, and computed again in backward: y, then dx, dup, ddown."""
+    region = Region(axis(), split)
+
+    def pair(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        (h,) = tensor.column_linear(x, [up], [None], region, SITE)
+        return tensor.row_linear(h.sin(), down, None, region, SITE)
+
+    def again(*leaves: torch.Tensor) -> torch.Tensor:
+        return rerun(pair, *leaves)
+
+    leaves, dys = [outside(x, split), own(up, 0), own(down, 1)], [outside(dy, split)]
+    return recorded(pair, leaves, dys), recorded(again, leaves, dys)
 
 
 # --- torch's DTensor --------------------------------------------------------------------------------------------------
 
 
 def dtensor_pair(
-    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, dy: torch.Tensor
+    x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, dy: torch.Tensor, split: bool = False
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Outputs and gradients of (column, row) by DTensor, and by us: y, dx, this rank's dup and ddown."""
+    """Outputs and gradients of (column, row) by DTensor, and by us: y, dx, this rank's dup and ddown.
+
+    If split, activations before and after are split along the sequence.
+    """
+    x, dy = outside(x, split), outside(dy, split)
     module = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype) for w in (up, down)))
     with torch.no_grad():
         module[0].weight.copy_(up)
         module[1].weight.copy_(down)
-    module = parallelize_module(module, mesh(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    layout = Shard(1) if split else Replicate()
+    styles = {"0": ColwiseParallel(input_layouts=layout), "1": RowwiseParallel(output_layouts=layout)}
+    module = parallelize_module(module, mesh(), styles)
     x_theirs = x.clone().requires_grad_()
     y = module(x_theirs)
-    theirs = [y.detach().clone(), *torch.autograd.grad(y, [x_theirs, *module.parameters()], dy)]
+    theirs = [y.detach(), *torch.autograd.grad(y, [x_theirs, *module.parameters()], dy)]
 
     x_ours, up_ours, down_ours = (p.clone().requires_grad_() for p in (x, own(up, 0), own(down, 1)))
-    (h,) = tensor.column_linear(x_ours, [up_ours], [None], axis(), SITE)
-    y = tensor.row_linear(h, down_ours, None, axis(), SITE)
+    region = Region(axis(), split)
+    (h,) = tensor.column_linear(x_ours, [up_ours], [None], region, SITE)
+    y = tensor.row_linear(h, down_ours, None, region, SITE)
     ours = [y.detach(), *torch.autograd.grad(y, [x_ours, up_ours, down_ours], dy)]
-    return [t.to_local() if hasattr(t, "to_local") else t for t in theirs], ours
+    return [(t.to_local() if hasattr(t, "to_local") else t).clone() for t in theirs], ours
 
 
 def dtensor_loss(logits: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
     """Sum of token losses and this rank's columns of the logits' gradient, by `loss_parallel`."""
     leaf = distribute_tensor(logits, mesh(), [Shard(-1)]).requires_grad_()
     with loss_parallel():
-        loss = F.cross_entropy(leaf.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=tensor.IGNORE)
-        loss.backward()
-    return [loss.redistribute(placements=[Replicate()]).to_local().detach(), leaf.grad.to_local()]
+        total = F.cross_entropy(leaf.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=loss.IGNORE)
+        total.backward()
+    return [total.redistribute(placements=[Replicate()]).to_local().detach(), leaf.grad.to_local()]
 
 
 def dtensor_embedding(tokens: torch.Tensor, table: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from meshwright import catalog
 from meshwright.config.files import load_cluster, load_device, load_job
 from meshwright.config.legality import require_legal
-from meshwright.config.tree import Layout
+from meshwright.config.tree import Layout, RopeScaling
 
 LADDER = {  # d_model, d_ff, layers, heads
     "small": (768, 3072, 12, 12),
@@ -22,6 +23,7 @@ PUBLISHED_PARAMETERS = {  # as their papers or model cards count them
     "gpt3-175b": 174.6e9,
     "llama2-7b": 6.738e9,
     "llama3-8b": 8.030e9,
+    "llama3.1-8b": 8.030e9,
     "llama3-70b": 70.55e9,
     "llama3-405b": 405.85e9,
     "smollm-1.7b": 1.711e9,
@@ -54,7 +56,17 @@ def test_models_are_legal_on_one_device(name):
 def test_published_sizes(name):
     job = load_job(name)
     assert parameters(job.model, job.training.seq_len) == pytest.approx(PUBLISHED_PARAMETERS[name], rel=2e-3)
-    assert (job.training.batch, job.training.precision, job.cluster.name) == (1024, "bf16", "h100x8")
+    batch = 32 if name == "llama3.1-8b" else 1024
+    assert (job.training.batch, job.training.precision, job.cluster.name) == (batch, "bf16", "h100x8")
+
+
+def test_llama_3_1_is_llama_3_with_scaled_frequencies():
+    older, newer = load_job("llama3-8b"), load_job("llama3.1-8b")
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
+    assert newer.model == replace(older.model, name="llama3.1-8b", rope_scaling=scaling)
+    assert (newer.training.seq_len, newer.training.batch) == (128 * 1024, 32)
+    scaled = [name for name in catalog.names("models") if load_job(name).model.rope_scaling != RopeScaling()]
+    assert scaled == ["llama3.1-8b"]
 
 
 @pytest.mark.parametrize("name", LADDER)

@@ -85,10 +85,13 @@ MISTAKES = {
     "beyond range": ("plan", "quickstart", "--layout.replicate", "1000000000000"),
     "world beyond range": ("rehearse", "quickstart", "--world", "1000000000000"),
     "name too long": ("plan", "x" * 5000),
+    "separate documents on a GPU": ("plan", "llama3-8b", "--training.documents", "separate"),
+    "separate documents rehearsed for a GPU": ("rehearse", "llama3-8b", "--training.documents=separate"),
 }
 
 NUM_LINES = {
     "missing sizes": 2,
+    "schemes degree": 2,
     "tensor does not divide": 3,
     "two rules at once": 4,
     "no legal layout": 4,
@@ -140,6 +143,10 @@ EXPECTED = {
     ),
     "world of typed degrees": (
         "--world 6 is not the product of the degrees, replicate 2 = 2: use --world 2, or leave out layout.replicate"
+    ),
+    "separate documents on a GPU": (
+        "training.documents = separate needs training.device = cpu (no attention kernel for GPUs takes its mask yet): "
+        "use training.documents joined, or training.device cpu"
     ),
 }
 
@@ -227,7 +234,7 @@ def test_help_of_a_command(command: str, capsys: Capture) -> None:
     code, out, err = run(capsys, command, "--help")
     assert (code, err) == (0, "")
     assert f"meshwright {command}" in out
-    assert ("--layout.tensor" in out) == (command not in ("schemes", "worksheet"))
+    assert ("--layout.tensor" in out) == (command not in ("bench", "schemes", "worksheet"))
     assert "overrides" not in out
 
 
@@ -269,6 +276,11 @@ def test_a_typed_degree_stays_in_a_search(capsys: Capture) -> None:
 
 def test_cluster_by_name(capsys: Capture) -> None:
     assert run_json(capsys, "plan", "quickstart", "--cluster", "h100x64")["cluster"] == "h100x64"
+
+
+def test_separate_documents_on_a_cpu(capsys: Capture) -> None:
+    words = ("plan", "llama3-8b", "--training.documents", "separate", "--training.device", "cpu")
+    assert len(run_json(capsys, *words)["layouts"]) == 1
 
 
 def test_plan_for_people(capsys: Capture) -> None:
@@ -326,10 +338,28 @@ def test_layout_of_a_large_world_stays_readable(capsys: Capture) -> None:
 
 def test_schemes(capsys: Capture) -> None:
     found = run_json(capsys, "schemes", "--seq", "128", "--hidden", "256", "--degree", "2")
-    assert [row["calls_forward"] for row in found["schemes"]] == [2, 0]
+    assert [row["calls_forward"] for row in found["schemes"]] == [2, 4, 4, 2, 2, 2, 0]
+    assert found["inputs"] == {"seq": 128, "hidden": 256, "degree": 2, "batch": 1, "heads": 2, "kv_heads": 2}
+    assert set(found["schemes"][0]) == {
+        *("scheme", "splits", "operation", "calls_forward", "calls_backward"),
+        *("elements", "elements_forward", "elements_backward", "bytes", "wire_bytes", "payload_bytes", "saved_bytes"),
+        *("overlaps", "when_seq_grows", "when_degree_grows", "when_both_grow"),
+    }
     code, out, _ = run(capsys, "schemes", "--seq", "128", "--hidden", "256", "--degree", "2")
     assert code == 0
-    assert "Megatron" in out
+    for row in found["schemes"]:
+        assert out.count(row["scheme"]) >= 2, "in both tables"
+    assert all(note in out.splitlines() for note in found["notes"])
+
+
+def test_schemes_fit_into_a_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 columns: cells fold, none is cut."""
+    monkeypatch.setattr("meshwright.cli.show.PLAIN_WIDTH", 100)
+    for degree in ("1", "8", "64"):
+        words = ["--seq", str(2**21), "--hidden", str(2**17), "--degree", degree, "--heads", str(2**10)]
+        _, out, _ = run(capsys, "schemes", *words)
+        assert max(map(len, out.splitlines())) <= 101
+        assert "…" not in out
 
 
 @pytest.mark.parametrize("name", WORKSHEETS)

@@ -256,16 +256,6 @@ class Work:
             a.flops for key, a in self.amounts.items() if phase in (None, key.phase) and kind in (None, key.kind)
         )
 
-    @property
-    def model_flops(self) -> int:
-        """FLOPs that the model itself needs on this rank: three times the forward's matmuls and attention.
-
-        Backward is twice forward: a gradient for each of the two inputs of a product. What a kernel or a scheme
-        computes a second time to save memory is work, but not the model's. MFU is these over what the device
-        could have done.
-        """
-        return 3 * sum(self.flops(phase="forward", kind=kind) for kind in EXACT_KINDS)
-
     def bytes(self, *, phase: str | None = None, kind: str | None = None) -> int:
         """Bytes touched in one phase, by one kind, or in all."""
         return sum(

@@ -69,6 +69,43 @@ def test_a_small_file(job_file):
     assert job.cluster == load_cluster("laptop")
 
 
+def test_rope_scaling_in_a_file_and_as_options(job_file):
+    path = job_file("[model]\nrope_theta = 500000\n[model.rope_scaling]\nfactor = 8\noriginal_positions = 4096\n")
+    in_file = load_job(path)
+    assert in_file.model.rope_scaling == tree.RopeScaling(8.0, 1.0, 4.0, 4096)
+    options = [("model.rope_scaling.factor", "32"), ("model.rope-scaling.high-freq-factor", "2.5")]
+    job = load_job(path, options)
+    assert job.model.rope_scaling == tree.RopeScaling(32.0, 1.0, 2.5, 4096)
+    assert job.model.rope_theta == 500000
+    assert load_job(job_file(dump_job(job), "dump.toml")) == job
+    assert load_job("quickstart").model.rope_scaling == tree.RopeScaling() == tree.RopeScaling(1.0, 1.0, 4.0, 8192)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "refusal"),
+    [
+        ("factor", "0.5", "factor = 0.5 must be at least 1"),
+        ("factor", "inf", 'factor = "inf" is not a number'),
+        ("low_freq_factor", "0", "low_freq_factor = 0.0 must be above 0"),
+        ("low_freq_factor", "4", "high_freq_factor = 4.0 must be above model.rope_scaling.low_freq_factor = 4.0"),
+        ("high_freq_factor", "0.5", "high_freq_factor = 0.5 must be above model.rope_scaling.low_freq_factor = 1.0"),
+        ("original_positions", "0", "original_positions = 0 must be between 1 and 2**40"),
+        ("original_positions", "8192.5", 'original_positions = "8192.5" is not a whole number'),
+    ],
+)
+def test_rope_scaling_is_refused_with_one_line(field, value, refusal):
+    assert message(load_job, "quickstart", [(f"model.rope_scaling.{field}", value)]) == f"model.rope_scaling.{refusal}"
+
+
+def test_mistakes_in_a_table_of_rope_scaling(job_file):
+    path = job_file('[model]\nrope_scaling = { factor = "8", low_freq_facto = 1 }')
+    assert message(load_job, path).replace(f"{path}: ", "").splitlines() == [
+        'model.rope_scaling.factor = "8" is not a number',
+        "model.rope_scaling.low_freq_facto is not a field: did you mean model.rope_scaling.low_freq_factor?",
+    ]
+    assert message(load_job, job_file("[model]\nrope_scaling = 8")).endswith("model.rope_scaling = 8 is not a table")
+
+
 def test_cluster_and_device_files_lie_beside_the_job(job_file):
     job_file("memory_bytes = 24e9", "card.toml")
     job_file(
@@ -171,7 +208,8 @@ def test_an_unknown_key_without_a_neighbour_names_the_fields(job_file):
     path = job_file("[layout]\nzzz = 1")
     assert message(load_job, path) == (
         f"{path}: layout.zzz is not a field: use one of layout.replicate, layout.shard, layout.ring, layout.ulysses, "
-        "layout.tensor, layout.pipeline, layout.gradients"
+        "layout.tensor, layout.pipeline, layout.gradients, layout.sequence_parallel, layout.recompute, "
+        "layout.ring_order"
     )
 
 
@@ -181,7 +219,8 @@ def test_names_that_do_not_exist():
     )
     assert message(load_job, "zzz.toml") == (
         "zzz.toml is neither a file nor in the catalog's models: use a TOML file or one of 2.7b, gpt3-175b, large, "
-        "llama2-7b, llama3-405b, llama3-70b, llama3-8b, medium, quickstart, small, smollm-1.7b, xl, xxl-ffn"
+        "llama2-7b, llama3-405b, llama3-70b, llama3-8b, llama3.1-8b, medium, quickstart, small, smollm-1.7b, xl, "
+        "xxl-ffn"
     )
     assert message(load_cluster, "h100x9") == (
         "h100x9 is neither a file nor in the catalog's clusters: did you mean h100x8?"

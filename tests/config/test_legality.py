@@ -23,7 +23,14 @@ def broken(layout, model=QUICKSTART.model, **training):
 
 
 def test_legal_layouts():
-    for layout in (Layout(), Layout(tensor=8), Layout(replicate=4, tensor=2)):
+    for layout in (
+        Layout(),
+        Layout(tensor=8),
+        Layout(replicate=4, tensor=2),
+        Layout(ring=2, ulysses=4, tensor=2, sequence_parallel=True),
+        Layout(replicate=2, ring=4, ring_order="contiguous", recompute="full"),
+        Layout(ulysses=8, recompute="selective"),
+    ):
         assert broken(layout) == {}
 
 
@@ -36,7 +43,7 @@ def test_all_broken_rules_with_the_nearest_legal_values():
         "heads": "layout.tensor = 3 does not divide model.heads = 8 (tensor × ulysses must divide the query heads): "
         "use 1, 2, 4 or 8",
         "kv_heads": "layout.tensor = 3 neither divides model.kv_heads = 4 nor is a multiple of it "
-        "(tensor × ulysses must split the KV heads evenly or replicate them): use 1, 2, 4 or 8",
+        "(tensor must split the KV heads evenly or replicate them): use 1, 2, 4 or 8",
         "d_ff": "layout.tensor = 3 does not divide model.d_ff = 704 "
         "(each tensor-parallel rank holds an equal part of the MLP): use 1, 2, 4 or 8",
         "batch": "training.batch = 16 is not divisible by layout.replicate × training.accumulation = 3 × 2 = 6 "
@@ -47,24 +54,66 @@ def test_all_broken_rules_with_the_nearest_legal_values():
 
 def test_axes_that_are_not_available():
     assert broken(Layout(shard=2))["available"] == (
-        "layout.shard = 2 is not available yet (only replicate and tensor are): set it to 1"
+        "layout.shard = 2 is not available yet (replicate, ring, ulysses and tensor are): set it to 1"
     )
     assert broken(Layout(shard=2, ring=2, ulysses=4, pipeline=2))["available"] == (
-        "layout.shard = 2, layout.ring = 2, layout.ulysses = 4 and layout.pipeline = 2 are not available yet "
-        "(only replicate and tensor are): set each of them to 1"
+        "layout.shard = 2 and layout.pipeline = 2 are not available yet (replicate, ring, ulysses and tensor are): "
+        "set each of them to 1"
     )
 
 
 def test_sequence_and_heads_over_two_axes():
     found = broken(Layout(ring=3, ulysses=2, tensor=3))
     assert found["sequence"] == (
-        "training.seq_len = 256 is not divisible by layout.ring × layout.ulysses = 3 × 2 = 6 "
-        "(ring × ulysses: each rank holds as many tokens): use 252 or 258"
+        "training.seq_len = 256 is not divisible by layout.ring × layout.ulysses × 2 for zigzag = 3 × 2 × 2 = 12 "
+        "(each rank holds as many tokens): use 252 or 264, or training.pad true"
     )
     assert found["heads"] == (
         "layout.tensor × layout.ulysses = 3 × 2 = 6 does not divide model.heads = 8 "
-        "(tensor × ulysses must divide the query heads): use a product of 1, 2, 4 or 8"
+        "(tensor × ulysses must divide the query heads): use layout.tensor 1, 2 or 4"
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "seq_len", "refusal"),
+    [
+        (Layout(ring=4), 252, "252 is not divisible by layout.ring × 2 for zigzag = 4 × 2 = 8 {}: use 248 or 256"),
+        (Layout(ring=4, ring_order="contiguous"), 254, "254 is not divisible by layout.ring = 4 {}: use 252 or 256"),
+        (Layout(ulysses=4), 255, "255 is not divisible by layout.ulysses = 4 {}: use 252 or 256"),
+        (Layout(ulysses=8), 7, "7 is not divisible by layout.ulysses = 8 {}: use 8"),
+        (
+            Layout(tensor=4, sequence_parallel=True),
+            254,
+            "254 is not divisible by layout.tensor = 4 {}: use 252 or 256",
+        ),
+        (
+            Layout(ring=2, ulysses=2, tensor=2, sequence_parallel=True),
+            250,
+            "250 is not divisible by layout.ring × layout.ulysses × layout.tensor × 2 for zigzag = 2 × 2 × 2 × 2 = 16 "
+            "{}: use 240 or 256",
+        ),
+        (
+            Layout(ring=2, ulysses=2, tensor=2, sequence_parallel=True, ring_order="contiguous"),
+            252,
+            "252 is not divisible by layout.ring × layout.ulysses × layout.tensor = 2 × 2 × 2 = 8 {}: use 248 or 256",
+        ),
+    ],
+    ids=["zigzag", "contiguous", "ulysses", "too short", "sequence parallel", "all", "all contiguous"],
+)
+def test_a_sequence_that_does_not_divide(layout, seq_len, refusal):
+    rule = "(each rank holds as many tokens)"
+    assert broken(layout, seq_len=seq_len) == {
+        "sequence": f"training.seq_len = {refusal.format(rule)}, or training.pad true"
+    }
+    assert broken(layout, seq_len=seq_len, pad=True) == {}
+
+
+def test_lengths_that_need_not_divide():
+    """Zigzag has two chunks a rank only where there is a ring; tensor divides sequences only if it is asked to."""
+    assert broken(Layout(ring=4, ring_order="contiguous"), seq_len=252) == {}
+    assert broken(Layout(ulysses=4, ring_order="zigzag"), seq_len=252) == {}
+    assert broken(Layout(tensor=4), seq_len=255) == {}
+    assert broken(Layout(sequence_parallel=True), seq_len=255) == {}
 
 
 def test_shape_of_the_model():
@@ -82,8 +131,64 @@ def test_more_kv_ranks_than_heads_replicate_them():
     model = replace(QUICKSTART.model, heads=12, kv_heads=4, d_ff=768)
     assert broken(Layout(tensor=6), model) == {
         "kv_heads": "layout.tensor = 6 neither divides model.kv_heads = 4 nor is a multiple of it "
-        "(tensor × ulysses must split the KV heads evenly or replicate them): use 1, 2, 4 or 12"
+        "(tensor must split the KV heads evenly or replicate them): use 1, 2, 4 or 12"
     }
+
+
+def test_tensor_alone_must_fit_the_kv_heads():
+    """3 ranks cannot share 4 KV heads, although the 12 of tensor × ulysses could replicate each of them 3 times."""
+    model = replace(QUICKSTART.model, heads=12, kv_heads=4, d_ff=768)
+    assert broken(Layout(ulysses=4), model) == broken(Layout(tensor=4), model) == {}
+    (message,) = broken(Layout(tensor=3, ulysses=4), model).values()
+    rule, _, advice = message.rpartition(": use ")
+    assert rule == (
+        "layout.tensor = 3 neither divides model.kv_heads = 4 nor is a multiple of it "
+        "(tensor must split the KV heads evenly or replicate them)"
+    )
+    assert "1" in re.findall(r"\d+", advice)
+
+
+def test_tensor_and_ulysses_share_the_heads():
+    llama = load_job("llama3-8b").model  # 32 query heads, 8 KV heads
+    assert broken(Layout(tensor=8, ulysses=4), llama) == {}
+    assert broken(Layout(tensor=8, ulysses=8), llama) == {
+        "heads": "layout.tensor × layout.ulysses = 8 × 8 = 64 does not divide model.heads = 32 "
+        "(tensor × ulysses must divide the query heads): use layout.ulysses 1, 2 or 4"
+    }
+    assert broken(Layout(ulysses=16)) == {
+        "heads": "layout.ulysses = 16 does not divide model.heads = 8 "
+        "(tensor × ulysses must divide the query heads): use layout.ulysses 1, 2, 4 or 8"
+    }
+    model = replace(QUICKSTART.model, heads=12, kv_heads=4, d_ff=768)
+    assert broken(Layout(tensor=2, ulysses=3), model, seq_len=300) == {
+        "kv_heads": "layout.tensor × layout.ulysses = 2 × 3 = 6 neither divides model.kv_heads = 4 nor is a multiple "
+        "of it (tensor × ulysses must split the KV heads evenly or replicate them): use layout.ulysses 1, 2 or 6"
+    }
+
+
+@given(
+    tensor=st.integers(1, 12),
+    ulysses=st.integers(1, 12),
+    kv_heads=st.integers(1, 12),
+    shared_by=st.integers(1, 6),
+)
+def test_heads_are_legal_exactly_if_every_rank_can_hold_as_many(tensor, ulysses, kv_heads, shared_by):
+    """The rule says what the executors need: an equal split, or whole heads, first over tensor, then over ulysses."""
+    heads = kv_heads * shared_by
+    model = replace(QUICKSTART.model, heads=heads, kv_heads=kv_heads, d_ff=tensor)
+
+    def fits(ranks, num_heads):
+        return num_heads % ranks == 0 or ranks % num_heads == 0
+
+    own_kv_heads = max(1, kv_heads // tensor)
+    possible = heads % (tensor * ulysses) == 0 and fits(tensor, kv_heads) and fits(ulysses, own_kv_heads)
+    found = broken(Layout(tensor=tensor, ulysses=ulysses), model, seq_len=12 * ulysses)
+    assert possible == (not found), found
+    for message in found.values():
+        _, names_ulysses, advice = message.rpartition(": use layout.ulysses ")
+        if names_ulysses and fits(tensor, kv_heads):
+            for advised in map(int, re.findall(r"\d+", advice)):
+                assert broken(Layout(tensor=tensor, ulysses=advised), model, seq_len=12 * advised) == {}
 
 
 def test_models_without_attention_have_no_rules_of_heads():
@@ -114,6 +219,26 @@ def test_the_advised_batches_are_legal(replicate, accumulation, batch):
     for text in broken(Layout(replicate=replicate), accumulation=accumulation, batch=batch).values():
         for advised in re.findall(r"\d+", text.rpartition("a batch of ")[2]):
             assert broken(Layout(replicate=replicate), accumulation=accumulation, batch=int(advised)) == {}
+
+
+@given(
+    ring=st.integers(1, 6),
+    ulysses=st.integers(1, 8),
+    tensor=st.sampled_from([1, 2, 4]),
+    sequence_parallel=st.booleans(),
+    order=st.sampled_from(["contiguous", "zigzag"]),
+    seq_len=st.integers(1, 300),
+)
+def test_the_advised_lengths_and_padding_are_legal(ring, ulysses, tensor, sequence_parallel, order, seq_len):
+    layout = Layout(ring=ring, ulysses=ulysses, tensor=tensor, sequence_parallel=sequence_parallel, ring_order=order)
+    assert "sequence" not in broken(layout, seq_len=seq_len, pad=True)
+    padded = layout.padded(seq_len)
+    lengths = range(seq_len, padded + 1)
+    assert [length for length in lengths if "sequence" not in broken(layout, seq_len=length)] == [padded]
+    if message := broken(layout, seq_len=seq_len).get("sequence"):
+        advised = [int(number) for number in re.findall(r"\d+", message.rpartition(": use ")[2])]
+        assert (advised[-1] == padded and advised[0] < seq_len) or advised == [padded]
+        assert all("sequence" not in broken(layout, seq_len=length) for length in advised)
 
 
 def test_require_legal_raises_a_line_for_each_violation():

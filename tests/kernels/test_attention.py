@@ -7,7 +7,7 @@ import torch
 from reference.precision import assert_exact, assert_within_twice
 
 from meshwright.kernels.attention import causal_attention, choose_kernel
-from meshwright.schemes.local import expands_heads
+from meshwright.schemes.attention import expands_heads
 
 SHAPES = {"multi-head": (4, 4), "grouped": (6, 2), "multi-query": (4, 1), "one head": (1, 1)}
 

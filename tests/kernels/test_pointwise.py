@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference.precision import assert_exact, assert_within_twice
 
+from meshwright.config.tree import RopeScaling
 from meshwright.kernels import pointwise
 
 B, S, E, P, N, D = 3, 5, 16, 9, 2, 8
@@ -26,7 +27,8 @@ def plain_layer_norm(x, w, b=0.0):
 
 
 def ours_rope(x, positions):
-    return pointwise.rope(x, pointwise.rope_tables(positions, D, 100.0, pointwise.accumulation_dtype(x.dtype)))
+    dtype = pointwise.accumulation_dtype(x.dtype)
+    return pointwise.rope(x, pointwise.rope_tables(positions, D, 100.0, RopeScaling(), dtype))
 
 
 def plain_rope(x, positions):
@@ -121,3 +123,82 @@ def test_rope_turns_by_distance_only():
         return torch.einsum("bsnd,btnd->bst", ours_rope(q, positions), ours_rope(k, positions))
 
     assert torch.allclose(scores(near), scores(far), rtol=0, atol=1e-11)
+
+
+LLAMA_3_1 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
+
+
+def test_scaled_frequencies_by_hand():
+    """Of 1000 original positions: 159 and 15.9 turns stay, 1.59 is between 1 and 4, 0.159 is divided by 4."""
+    turns = 0.01 * 1000 / (2 * math.pi)
+    kept = (turns - 1) / 3
+    between = 0.01 * kept + 0.0025 * (1 - kept)
+    assert between == pytest.approx(0.003978873577, rel=1e-9)
+    frequencies = pointwise.rope_frequencies(8, 10000.0, RopeScaling(4.0, 1.0, 4.0, 1000))
+    assert frequencies.tolist() == pytest.approx([1.0, 0.1, between, 0.00025], rel=1e-14)
+
+
+def test_frequencies_of_llama_3_1():
+    """Computed once with 40 decimal digits: pairs 1 and 28 keep theirs, 29 to 34 are between, from 35 an eighth."""
+    frequencies = pointwise.rope_frequencies(128, 500000.0, LLAMA_3_1)
+    assert frequencies.dtype == torch.float64 and frequencies.shape == (64,)
+    assert {pair: frequencies[pair].item() for pair in (0, 1, 28, 29, 32, 34, 35, 63)} == pytest.approx(
+        {
+            0: 1.0,
+            1: 0.814617233856544704,
+            28: 0.00321144599475259102,
+            29: 0.00216657076350335861,
+            32: 0.000524846160992954670,
+            34: 0.000178507812767996419,
+            35: 0.0000955621235396468302,
+            63: 0.000000306892598891451109,
+        },
+        rel=1e-13,
+    )
+
+
+def test_a_factor_of_1_scales_nothing():
+    """Whatever the other fields say, bit for bit."""
+    plain = 10000.0 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    for scaling in (RopeScaling(), RopeScaling(factor=1.0, low_freq_factor=0.3, original_positions=50)):
+        assert torch.equal(pointwise.rope_frequencies(128, 10000.0, scaling), plain)
+    angles = positions[:, None] * plain
+    tables = pointwise.rope_tables(positions, 128, 10000.0, RopeScaling(), torch.float64)
+    assert torch.equal(tables, torch.stack((angles.cos(), angles.sin()))[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "theta", "scaling"),
+    [
+        (128, 500000.0, LLAMA_3_1),
+        (64, 500000.0, RopeScaling(factor=32.0)),
+        (8, 1000.0, RopeScaling(4.0, 0.25, 2.0, 16)),
+    ],
+    ids=["Llama 3.1", "Llama 3.2", "tiny"],
+)
+def test_scaled_tables_equal_those_of_transformers(head_dim, theta, scaling):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
+    config = transformers.LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=parameters)
+    theirs, amplitude = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    assert amplitude == 1
+    # Theirs are float32: an eps of the logarithm, up to ln(theta) = 13, is lost, and a few more in the interpolation.
+    precision = 16 * torch.finfo(torch.float32).eps
+    ours = pointwise.rope_frequencies(head_dim, theta, scaling)
+    assert ((ours - theirs).abs() <= precision * theirs).all()
+
+    where = torch.tensor([0, 1, 15, 16, 8191, 8192, 131071])
+    angles = where[:, None] * theirs.double()
+    tables = pointwise.rope_tables(where, head_dim, theta, scaling, torch.float64)
+    assert tables.shape == (2, len(where), 1, head_dim // 2)
+    error = (tables[:, :, 0] - torch.stack((angles.cos(), angles.sin()))).abs()
+    assert (error <= precision * angles).all()  # a cosine changes no faster than its angle

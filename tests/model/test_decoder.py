@@ -11,7 +11,7 @@ from reference import plain_decoder
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Layout, Model
 from meshwright.model.build import build, specs_of
-from meshwright.parallel.tensor import IGNORE
+from meshwright.parallel.loss import IGNORE
 
 TOLERANCE = 1e-10
 """Relative to the largest element: a few hundred float64 roundings through the layers, with room."""

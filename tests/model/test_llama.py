@@ -1,14 +1,19 @@
 """The same weights in transformers' Llama give the same logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from jobs import tiny_job
+from reference import plain_decoder
 
 from meshwright.comm.mesh import World
-from meshwright.config.tree import Layout, Model
+from meshwright.config.tree import Layout, Model, RopeScaling
 from meshwright.model.build import build
 
 transformers = pytest.importorskip("transformers")
+
+TINY = Model(layers=3, d_model=32, d_ff=56, heads=4, kv_heads=2, head_dim=8, vocab_size=53, rope_theta=1000.0)
 
 OURS_TO_THEIRS = {
     "embedding": "model.embed_tokens",
@@ -34,6 +39,21 @@ def their_name(name):
     return f"{OURS_TO_THEIRS[module]}.weight"
 
 
+def rope_parameters(model):
+    """Their names for the kinds of rotary embedding."""
+    scaling = model.rope_scaling
+    if scaling.factor == 1:
+        return {"rope_type": "default", "rope_theta": model.rope_theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": model.rope_theta,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
+
+
 def llama(model, seq_len):
     """transformers' Llama of the same dimensions, in float64."""
     config = transformers.LlamaConfig(
@@ -46,7 +66,7 @@ def llama(model, seq_len):
         head_dim=model.head_dim,
         rms_norm_eps=model.norm_eps,
         rope_theta=model.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters=rope_parameters(model),
         max_position_embeddings=seq_len,
         tie_word_embeddings=model.tied,
         attn_implementation="eager",
@@ -54,12 +74,9 @@ def llama(model, seq_len):
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_same_logits(tied):
-    model = Model(
-        layers=3, d_model=32, d_ff=56, heads=4, kv_heads=2, head_dim=8, vocab_size=53, rope_theta=1000.0, tied=tied
-    )
-    job = tiny_job(model)
+def twins(job):
+    """Our decoder and their Llama with the same random weights, and tokens for both."""
+    model = job.model
     decoder = build(job, World.create(Layout(), torch.device("cpu")), float64=True)
     theirs = llama(model, job.training.seq_len)
     generator = torch.Generator().manual_seed(0)
@@ -70,10 +87,36 @@ def test_same_logits(tied):
             parameter.copy_(1 + 0.3 * values if "norm" in name else 0.2 * values)
             weights.pop(their_name(name)).copy_(parameter)
     assert not weights, f"not set: {list(weights)}"
+    return decoder, theirs, torch.randint(model.vocab_size, (2, job.training.seq_len), generator=generator)
 
-    tokens = torch.randint(model.vocab_size, (2, job.training.seq_len), generator=generator)
-    positions = torch.arange(job.training.seq_len)
+
+def error(found, expected):
+    """Relative to the largest logit, in roundings of float32, in which Llama computes angles and norms in any dtype."""
+    return ((found - expected).abs().max() / expected.abs().max() / torch.finfo(torch.float32).eps).item()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_same_logits(tied):
+    job = tiny_job(replace(TINY, tied=tied))
+    decoder, theirs, tokens = twins(job)
     with torch.no_grad():
-        logits, expected = decoder.logits(tokens, positions), theirs(tokens).logits
-    # Llama computes angles and norms in float32, whatever the dtype of the model: its logits have float32's precision.
-    assert (logits - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps * expected.abs().max()
+        logits, expected = decoder.logits(tokens, torch.arange(job.training.seq_len)), theirs(tokens).logits
+    assert error(logits, expected) <= 16
+
+
+def test_same_logits_with_scaled_frequencies_far_beyond_the_original_positions():
+    """64 positions, originally 16; of a head's four pairs one keeps its frequency, one is between, two are divided."""
+    model = replace(
+        TINY, rope_scaling=RopeScaling(4.0, low_freq_factor=0.25, high_freq_factor=2.0, original_positions=16)
+    )
+    job = tiny_job(model, seq_len=64)
+    decoder, theirs, tokens = twins(job)
+    weights = dict(decoder.named_parameters())
+    kinds = plain_decoder.Kinds(*(getattr(model, name) for name in plain_decoder.Kinds._fields))
+    with torch.no_grad():
+        logits, expected = decoder.logits(tokens, torch.arange(64)), theirs(tokens).logits
+        exact = plain_decoder.logits(weights, kinds, tokens)
+        unscaled = plain_decoder.logits(weights, kinds._replace(rope_scaling=RopeScaling()), tokens)
+    assert error(logits, expected) <= 16
+    assert (logits - exact).abs().max() <= 1e-10 * exact.abs().max()
+    assert error(unscaled, exact) > 1e5

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from reference.precision import error
 
 from meshwright.account import LedgerKey
-from meshwright.parallel.tensor import IGNORE
+from meshwright.parallel.loss import IGNORE
 
 B, S, E, FEATURES = 2, 3, 8, 12
 WORLDS = pytest.mark.parametrize("world", [2, 4])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.account import Compute, Issue, LedgerKey, StepAccount, Trace, Work
+from meshwright.account import Compute, Issue, LedgerKey, StepAccount, Trace
 from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, Link, Training
 from meshwright.planner.estimate import call_seconds, estimate, mfu, tier
 
@@ -123,25 +123,12 @@ def test_spans_tile_the_step(parts: list[tuple[str, int]]) -> None:
     assert edges[-1] == account.timeline.step_seconds
 
 
-def test_mfu_counts_the_models_flops_only() -> None:
-    """Forward 100 + 20, so the model needs 360; the 70 that attention's backward recomputes are not the model's."""
-    work = Work.of(
-        Trace(
-            (
-                Compute("matmul", 100, 0, "forward", ""),
-                Compute("attention", 20, 0, "forward", ""),
-                Compute("elementwise", 5, 0, "forward", ""),
-                Compute("matmul", 200, 0, "backward", ""),
-                Compute("attention", 70, 0, "backward", ""),
-            )
-        )
-    )
-    assert work.model_flops == 360
-    assert mfu(work, 2.0, DEVICE, "bf16") == pytest.approx(360 / 2000)
+def test_mfu_is_a_share_of_the_peak() -> None:
+    assert mfu(360, 2.0, DEVICE, "bf16") == pytest.approx(360 / 2000)
 
 
 @pytest.mark.parametrize(
     ("seconds", "device", "precision"), [(None, DEVICE, "bf16"), (2.0, None, "bf16"), (2.0, DEVICE, "float32")]
 )
 def test_mfu_of_the_unknown_is_unknown(seconds: float | None, device: Device | None, precision: str) -> None:
-    assert mfu(Work({}), seconds, device, precision) is None
+    assert mfu(360, seconds, device, precision) is None

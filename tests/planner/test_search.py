@@ -11,7 +11,9 @@ from meshwright.config.legality import divisors
 from meshwright.config.tree import Job, Layout
 from meshwright.errors import UserError
 from meshwright.planner.search import Candidate, candidates, plan, price
+from meshwright.planner.step import formula
 from meshwright.training.device import resolve_device
+from meshwright.units import format_bytes
 
 E, LAYERS = 4096, 32  # llama3-8b
 
@@ -176,3 +178,23 @@ def test_given_degrees_must_divide_the_devices() -> None:
 def test_divisors() -> None:
     assert divisors(1) == [1]
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+
+
+def test_selective_recomputation_says_that_it_saves_little() -> None:
+    job = load_job("llama3-8b", [("layout.tensor", "8"), ("layout.recompute", "selective"), ("training.batch", "1")])
+    (note,) = plan(resolve_device(job, planning=True)).notes
+    kept = 32 * (8192 * 4 * 4 + 24)  # layers · (tokens · heads of a rank · float32 + random state)
+    assert f"saves {format_bytes(kept)}" in note
+    assert "keeps no scores" in note
+
+
+def test_a_plan_prices_the_rank_of_a_ring_that_no_other_exceeds() -> None:
+    for order in ("contiguous", "zigzag"):
+        for ring in (2, 3, 4):
+            overrides = [("layout.ring", str(ring)), ("layout.ring_order", order), ("training.seq_len", "192")]
+            overrides += [("model.vocab_size", "64"), ("training.batch", "1"), ("training.device", "cpu")]
+            job = load_job("quickstart", overrides)
+            (priced,) = plan(job).layouts
+            every = [formula(job, rank) for rank in range(ring)]
+            assert priced.account.footprint.peak == max(account.footprint.peak for account in every)
+            assert priced.account.work.flops() == max(account.work.flops() for account in every)

@@ -16,6 +16,15 @@ import torch
 Weights = Mapping[str, torch.Tensor]
 
 
+class Scaling(NamedTuple):
+    """Rotary frequencies for sequences longer than the original ones (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
 class Kinds(NamedTuple):
     """What a decoder is made of."""
 
@@ -27,6 +36,7 @@ class Kinds(NamedTuple):
     norm_eps: float
     positions: str
     rope_theta: float
+    rope_scaling: Scaling
     mlp: str
 
 
@@ -65,10 +75,23 @@ def norm(weights: Weights, name: str, kinds: Kinds, x: torch.Tensor) -> torch.Te
     return h + weights[f"{name}.bias"] if f"{name}.bias" in weights else h
 
 
-def rotate(x_BSND: torch.Tensor, theta: float) -> torch.Tensor:
-    """Feature j and feature j + D/2 of a head are a complex number, turned by position · theta^(-2j/D)."""
+def scaled(frequency: float, scaling: Scaling) -> float:
+    """Divided by the factor for long wavelengths, untouched for short ones, and between a mixture of both."""
+    wavelength = 2 * math.pi / frequency
+    long = scaling.original_positions / scaling.low_freq_factor
+    short = scaling.original_positions / scaling.high_freq_factor
+    if wavelength > long:
+        return frequency / scaling.factor
+    if wavelength < short:
+        return frequency
+    share = (1 / wavelength - 1 / long) / (1 / short - 1 / long)
+    return share * frequency + (1 - share) * frequency / scaling.factor
+
+
+def rotate(x_BSND: torch.Tensor, theta: float, scaling: Scaling) -> torch.Tensor:
+    """Feature j and feature j + D/2 of a head are a complex number, turned by position · theta^(-2j/D), scaled."""
     _, S, _, D = x_BSND.shape
-    frequencies = torch.tensor([theta ** (-2 * j / D) for j in range(D // 2)], dtype=torch.float64)
+    frequencies = torch.tensor([scaled(theta ** (-2 * j / D), scaling) for j in range(D // 2)], dtype=torch.float64)
     angles = torch.arange(S, dtype=torch.float64)[:, None] * frequencies
     turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]
     z = torch.complex(x_BSND[..., : D // 2], x_BSND[..., D // 2 :]) * turn
@@ -81,7 +104,7 @@ def attention(weights: Weights, name: str, kinds: Kinds, h: torch.Tensor) -> tor
     k = linear(weights, f"{name}.key", h).view(B, S, kinds.kv_heads, kinds.head_dim)
     v = linear(weights, f"{name}.value", h).view(B, S, kinds.kv_heads, kinds.head_dim)
     if kinds.positions == "rope":
-        q, k = rotate(q, kinds.rope_theta), rotate(k, kinds.rope_theta)
+        q, k = (rotate(x, kinds.rope_theta, kinds.rope_scaling) for x in (q, k))
     future = torch.arange(S)[None, :] > torch.arange(S)[:, None]
     heads = []
     for head in range(kinds.heads):

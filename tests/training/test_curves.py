@@ -15,9 +15,18 @@ from meshwright.config.tree import Job, Layout
 STEPS = 20
 
 
+LONG = {
+    "ring 4": Layout(ring=4),
+    "ring 2 × ulysses 2": Layout(ring=2, ulysses=2),
+    "tensor 2, sequence parallel, full recompute": Layout(tensor=2, sequence_parallel=True, recompute="full"),
+}
+
+
 @cache
-def one_device(model: str) -> tuple[float, ...]:
-    return tuple(ranked_curves.losses(_job(model, Layout()), STEPS))
+def one_device(model: str, labelled: int | None = None) -> tuple[float, ...]:
+    curve = tuple(ranked_curves.losses(_job(model, Layout()), STEPS, labelled))
+    assert curve[-1] <= 0.9 * curve[0], "the curve must fall to prove anything"
+    return curve
 
 
 def _job(model: str, layout: str | Layout, accumulation: int = 1) -> Job:
@@ -30,11 +39,26 @@ def _job(model: str, layout: str | Layout, accumulation: int = 1) -> Job:
 def test_losses_equal_those_of_one_device(
     ranks: Callable[[int], Ranks], model: str, layout: str, accumulation: int
 ) -> None:
-    expected = one_device(model)
-    assert expected[-1] <= 0.9 * expected[0], "the curve must fall to prove anything"
     job = _job(model, layout, accumulation)
     for losses in ranks(job.layout.world).run(ranked_curves.losses, job, STEPS):
-        assert losses == pytest.approx(expected, rel=2e-6, abs=0)
+        assert losses == pytest.approx(one_device(model), rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize("layout", LONG)
+def test_losses_of_sequences_that_ranks_divide(ranks: Callable[[int], Ranks], layout: str) -> None:
+    """replicate = shard = 1: the gradient group must hold ring and ulysses, and partial gradients their sums."""
+    job = _job("grouped_query", LONG[layout])
+    assert job.layout.batch_ranks == 1
+    for losses in ranks(job.layout.world).run(ranked_curves.losses, job, STEPS):
+        assert losses == pytest.approx(one_device("grouped_query"), rel=2e-6, abs=0)
+
+
+def test_losses_where_ranks_have_few_labels_or_none(ranks: Callable[[int], Ranks]) -> None:
+    """Only the first 5 of 16 tokens have labels: the ranks of a contiguous ring have 4, 1, 0 and 0 a sequence."""
+    job = _job("grouped_query", Layout(ring=4, ring_order="contiguous"))
+    assert ranks(4).run(ranked_curves.num_labels, job, 5) == [8 * 4, 8 * 1, 0, 0]
+    for losses in ranks(4).run(ranked_curves.losses, job, STEPS, 5):
+        assert losses == pytest.approx(one_device("grouped_query", 5), rel=2e-6, abs=0)
 
 
 def test_initial_weights_do_not_depend_on_the_layout(ranks: Callable[[int], Ranks]) -> None:

@@ -15,9 +15,10 @@ from training.tiny import MODEL, job, write_text
 
 from meshwright.config.tree import Job, Layout
 from meshwright.errors import UserError
-from meshwright.parallel.tensor import IGNORE
+from meshwright.parallel.loss import IGNORE
 from meshwright.training.data import Corpus, Text
-from meshwright.training.shard import local_sequences
+from meshwright.training.shard import local_sequences, unshard
+from meshwright.training.step import Batch
 
 LAYOUTS = [
     Layout(replicate=r, shard=s, tensor=t) for r, s, t in itertools.product((1, 2, 4), (1, 2), (1, 2)) if r * s < 8
@@ -133,6 +134,127 @@ def test_the_default_is_the_standard_library() -> None:
     assert corpus.num_bytes > 1_000_000
     assert {file.suffix for file in corpus.files} == {".py"}
     assert not [file for file in corpus.files if {"site-packages", "test"} & set(file.parts)]
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "count", "expected"),
+    [
+        (0, 8, [0, 0, 0, 3, 4, 4, 4, 4]),
+        (1, 6, [0, 0, 2, 3, 3, 3]),  # what began before begins at 0
+        (2, 3, [0, 1, 2]),
+        (3, 1, [0]),
+        (3, 3, [0, 1, 1]),
+        (4, 4, [0, 0, 0, 0]),
+        (6, 2, [0, 0]),
+        (7, 1, [0]),
+    ],
+)
+def test_where_documents_begin(tmp_path: Path, start: int, count: int, expected: list[int]) -> None:
+    """Files of 3, 1, 0 and 4 bytes: an empty one is no document."""
+    for name, content in (("a", "abc"), ("b", "d"), ("c", ""), ("d", "efgh")):
+        (tmp_path / name).write_text(content)
+    corpus = Corpus.open(str(tmp_path))
+    assert corpus.read(0, 8).tobytes() == b"abcdefgh"
+    assert corpus.document_starts(start, count).tolist() == expected
+
+
+FILE_LENGTHS = [5, 1, 9, 40, 1, 1, 3, 12] * 24
+
+
+def write_documents(folder: Path) -> str:
+    """Short files whose concatenation has no two equal sequences; returns the folder's name."""
+    folder.mkdir()
+    content, end = Path(write_text(folder / "text", sum(FILE_LENGTHS))).read_bytes(), 0
+    (folder / "text").unlink()
+    for number, length in enumerate(FILE_LENGTHS):
+        (folder / f"{number:03}").write_bytes(content[end : end + length])
+        end += length
+    return str(folder)
+
+
+def beginnings_of(data: str, tokens: list[int]) -> list[int]:
+    """The first byte of the document of each byte of a sequence and of the one after it, from the files' lengths."""
+    content = b"".join((Path(data) / f"{number:03}").read_bytes() for number in range(len(FILE_LENGTHS)))
+    assert content.count(bytes(tokens)) == 1
+    start = content.index(bytes(tokens))
+    begins: list[int] = []
+    for length in FILE_LENGTHS:
+        begins += [len(begins)] * length
+    return [max(begin - start, 0) for begin in begins[start : start + len(tokens) + 1]]
+
+
+def parts_of(data: str, layout: Layout, documents: str, step: int, **training: Any) -> list[Batch]:
+    separate = job(layout, data=data, documents=documents, **training)
+    return [Text.open(separate, rank).batch(step) for rank in range(layout.world)]
+
+
+DIVIDED = Layout(ring=2, ulysses=2)
+"""Zigzag over 16 positions: chunks of four, of which ring rank 0 has the first and the last."""
+
+ATTENDED = [[0, 1, 2, 3, 12, 13, 14, 15]] * 2 + [[4, 5, 6, 7, 8, 9, 10, 11]] * 2
+"""By rank: both ulysses ranks of a ring rank attend with all that it has."""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_separate_documents_are_divided_with_the_batch(tmp_path: Path, accumulation: int) -> None:
+    data, num_boundaries = write_documents(tmp_path / "folder"), 0
+    for step in range(4):
+        joined = parts_of(data, Layout(), "joined", step)[0]
+        whole = job(DIVIDED, accumulation=accumulation)
+        parts = parts_of(data, DIVIDED, "separate", step, accumulation=accumulation)
+        assert torch.equal(unshard([part.tokens for part in parts], whole), joined.tokens[0])
+        begins = torch.tensor([beginnings_of(data, row.tolist()) for row in joined.tokens[0]])
+        for part, attended in zip(parts, ATTENDED, strict=True):
+            assert part.first is not None
+            assert (part.first.shape, part.first.dtype) == ((accumulation, 8 // accumulation, 8), torch.int64)
+            assert torch.equal(part.first.flatten(0, 1), begins[:, attended])
+        crosses = begins[:, 1:] != begins[:, :-1]
+        num_boundaries += int(crosses.sum())
+        labels = unshard([part.labels for part in parts], whole)
+        assert torch.equal(labels, joined.labels[0].masked_fill(crosses, IGNORE))
+    assert num_boundaries > 32
+
+
+@pytest.mark.parametrize("layout", [Layout(), DIVIDED], ids=["1", "divided"])
+def test_joined_documents_are_not_told_apart(tmp_path: Path, layout: Layout) -> None:
+    for part in parts_of(write_documents(tmp_path / "folder"), layout, "joined", 0):
+        assert part.first is None
+        assert (part.labels != IGNORE).all()
+
+
+def test_one_file_is_one_document(tmp_path: Path) -> None:
+    (part,) = parts_of(write_text(tmp_path / "text"), Layout(), "separate", 0)
+    assert part.first is not None
+    assert not part.first.any()
+    assert (part.labels != IGNORE).all()
+
+
+def test_padding_is_a_document_of_its_own(tmp_path: Path) -> None:
+    """14 tokens on four ranks of four: the last two positions belong to no sequence."""
+    parts = parts_of(write_documents(tmp_path / "folder"), DIVIDED, "separate", 0, seq_len=14, pad=True)
+    for part, attended in zip(parts, ATTENDED, strict=True):
+        assert part.first is not None
+        assert [(row >= 14).tolist() for row in part.first[0]] == [[p >= 14 for p in attended]] * 8
+
+
+def test_heldout_sequences_of_separate_documents(tmp_path: Path) -> None:
+    data = write_documents(tmp_path / "folder")
+    found = []
+    for batch in Text.open(job(data=data, documents="separate")).heldout():
+        assert batch.first is not None
+        for tokens, labels, first in zip(batch.tokens[0], batch.labels[0], batch.first[0], strict=True):
+            begins = torch.tensor(beginnings_of(data, tokens.tolist()))
+            assert torch.equal(first, begins[:-1])
+            if (labels != IGNORE).any():
+                assert torch.equal(labels == IGNORE, begins[1:] != begins[:-1])
+                found.append(labels)
+    assert len(found) == 5
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def message(job: Job) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from training.tiny import job
 
+from meshwright.config.files import load_cluster
 from meshwright.config.tree import Cluster, Device, Layout
 from meshwright.errors import UserError
 from meshwright.training import device
@@ -36,3 +37,50 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_num_gpus", lambda: 1)
     with pytest.raises(UserError, match="this host has 1 GPUs for 2 ranks"):
         resolve_device(job(Layout(replicate=2), device="cuda"), planning=False)
+
+
+# --- a mask that no kernel of a GPU takes -----------------------------------------------------------------------------
+
+REFUSAL = (
+    "training.documents = separate needs training.device = cpu (no attention kernel for GPUs takes its mask yet): "
+    "use training.documents joined, or training.device cpu"
+)
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("cuda", "auto"), ("tpu", "auto"), ("cuda", "cuda"), ("cpu", "cuda")])
+def test_separate_documents_are_not_planned_for_gpus(kind: str, asked: str) -> None:
+    planned = replace(job(device=asked, documents="separate"), cluster=Cluster(device=Device(kind=kind)))  # type: ignore[arg-type]
+    with pytest.raises(UserError) as refused:
+        resolve_device(planned, planning=True)
+    assert str(refused.value) == REFUSAL
+    joined = replace(planned, training=replace(planned.training, documents="joined"))
+    assert resolve_device(joined, planning=True).training.device == "cuda"
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("cpu", "auto"), ("cuda", "cpu"), ("tpu", "cpu")])
+def test_separate_documents_are_planned_for_a_cpu(kind: str, asked: str) -> None:
+    planned = replace(job(device=asked, documents="separate"), cluster=Cluster(device=Device(kind=kind)))  # type: ignore[arg-type]
+    assert resolve_device(planned, planning=True).training.device == "cpu"
+
+
+def test_separate_documents_are_not_planned_for_an_h100() -> None:
+    planned = replace(job(device="auto", documents="separate"), cluster=load_cluster("h100x8"))
+    with pytest.raises(UserError) as refused:
+        resolve_device(planned, planning=True)
+    assert str(refused.value) == REFUSAL
+
+
+@pytest.mark.parametrize(("gpus", "asked", "refused"), [(0, "auto", False), (1, "auto", True), (1, "cuda", True)])
+def test_separate_documents_run_without_gpus(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, asked: str, refused: bool
+) -> None:
+    monkeypatch.setattr(device, "_num_gpus", lambda: gpus)
+    separate = job(device=asked, documents="separate")
+    if refused:
+        with pytest.raises(UserError) as found:
+            resolve_device(separate, planning=False)
+        assert str(found.value) == REFUSAL
+    else:
+        assert resolve_device(separate, planning=False).training.device == "cpu"
+    on_cpu = job(device="cpu", documents="separate")
+    assert resolve_device(on_cpu, planning=False).training.device == "cpu"

@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from training.tiny import MODEL, job
 
-from meshwright.account import Amount, Work, WorkKey
-from meshwright.config.tree import Device, Training
-from meshwright.planner.step import formula
+from meshwright.config.tree import Layout, Training
+from meshwright.planner.estimate import model_flops
 from meshwright.training import metrics
 from meshwright.training.metrics import MetricsFile, StepMetrics
-
-WORK = Work(
-    {
-        WorkKey("forward", "matmul"): Amount(1, 100, 0),
-        WorkKey("forward", "attention"): Amount(1, 10, 0),
-        WorkKey("forward", "elementwise"): Amount(1, 7, 0),
-        WorkKey("recompute", "matmul"): Amount(1, 100, 0),
-        WorkKey("backward", "matmul"): Amount(2, 200, 0),
-        WorkKey("backward", "attention"): Amount(1, 25, 0),
-    }
-)
-DEVICE = Device(name="gpu", kind="cuda", peak_flops={"bf16": 1000.0})
-
-
-def test_model_flops_leave_out_what_is_computed_twice() -> None:
-    assert WORK.model_flops == 330
 
 
 def test_model_flops_of_a_decoder() -> None:
     """6 FLOPs a weight and token, and 12·S·H·D a token and layer (Chowdhery et al. 2022, appendix B)."""
     tokens, width = 8 * 16, MODEL.heads * MODEL.head_dim
     weights = MODEL.layers * (4 * MODEL.d_model * width + 3 * MODEL.d_model * MODEL.d_ff) + 256 * MODEL.d_model
-    assert formula(job()).work.model_flops == tokens * (6 * weights + 12 * MODEL.layers * 16 * width)
+    assert model_flops(job()) == tokens * (6 * weights + 12 * MODEL.layers * 16 * width)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(replicate=2, tensor=2),
+        Layout(ring=4),
+        Layout(ring=2, ring_order="contiguous"),
+        Layout(ulysses=2, recompute="full"),
+        Layout(tensor=2, sequence_parallel=True, recompute="selective"),
+    ],
+)
+def test_no_layout_changes_the_models_flops(layout: Layout) -> None:
+    """Neither what is computed twice, nor blocks that a ring leaves out."""
+    whole, divided = job(), replace(job(), layout=layout)
+    assert model_flops(divided) * layout.world == model_flops(whole)
+    assert model_flops(replace(whole, training=replace(whole.training, accumulation=2))) == model_flops(whole)
 
 
 def test_rates() -> None:

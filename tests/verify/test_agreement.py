@@ -15,30 +15,37 @@ from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
-from meshwright.verify.agreement import Case, Precision, all_cases, check, covering_cases, differences_of
+from meshwright.verify.agreement import check, differences_of
+from meshwright.verify.matrix import AnyCase, Case, Precision, all_cases, all_long_cases, covering_cases, pairs
 
-SELECTION = covering_cases(at_least=40)
-
-
-def test_the_selection_covers_every_pair_of_option_values() -> None:
-    assert len(SELECTION) == 40 < len(all_cases()) == 120
-    pairs = lambda cases: {(i, j, c[i], c[j]) for c in cases for i in range(4) for j in range(i)}  # noqa: E731
-    assert pairs(SELECTION) == pairs(all_cases())
+ALL: list[AnyCase] = [*all_cases(), *all_long_cases()]
+SHORT = covering_cases(all_cases())
+LONG = [case for case in all_long_cases() if case.job.layout.world <= 4][::5]
+"""Eight ranks on two cores are left to `make test-all`."""
 
 
-@pytest.mark.parametrize("case", SELECTION, ids=str)
-def test_formula_rehearsal_and_run_agree(case: Case, ranks: Callable[[int], Ranks]) -> None:
-    _assert_agrees(case, ranks)
+def test_the_selections_cover_the_matrices() -> None:
+    """Of the first every pair of option values, of the second every value."""
+    assert (len(all_cases()), len(all_long_cases())) == (120, 162)
+    assert set().union(*map(pairs, SHORT)) == set().union(*map(pairs, all_cases()))
+    few_ranks = [case for case in all_long_cases() if case.job.layout.world <= 4]
+    for option in range(len(few_ranks[0])):
+        assert {case[option] for case in LONG} == {case[option] for case in few_ranks}
+
+
+@pytest.mark.parametrize("case", [*SHORT, *LONG], ids=str)
+def test_formula_rehearsal_and_run_agree(case: AnyCase, ranks: Callable[[int], Ranks]) -> None:
+    _assert_agrees(case, ranks, thorough=case in SHORT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in all_cases() if c not in SELECTION], ids=str)
-def test_formula_rehearsal_and_run_agree_everywhere(case: Case, ranks: Callable[[int], Ranks]) -> None:
-    _assert_agrees(case, ranks)
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_formula_rehearsal_and_run_agree_everywhere(case: AnyCase, ranks: Callable[[int], Ranks]) -> None:
+    _assert_agrees(case, ranks, thorough=True)
 
 
-def _assert_agrees(case: Case, ranks: Callable[[int], Ranks]) -> None:
-    agreement = check(case, ranks(case.job.layout.world))
+def _assert_agrees(case: AnyCase, ranks: Callable[[int], Ranks], *, thorough: bool) -> None:
+    agreement = check(case, ranks(case.job.layout.world), thorough=thorough)
     assert not agreement.differences, agreement.differences[:3]
     assert agreement.witnessed, (agreement.profiler_peaks, agreement.run_peaks)
     assert agreement.agrees

@@ -22,7 +22,7 @@ from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_
 from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Layout
 from meshwright.errors import UserError
-from meshwright.verify.agreement import LAYOUTS, MODELS
+from meshwright.verify.matrix import LAYOUTS, MODELS
 from meshwright.verify.shrink import shrink_job
 from meshwright.verify.verify import check_memory, needed_memory, verify, verify_on
 

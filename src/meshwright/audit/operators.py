@@ -87,9 +87,10 @@ _COLLECTIVES = {
     "_c10d_functional.broadcast_": _Collective("broadcast", _first, _first),
 }
 
-_SILENT = {
-    "c10d.recv_",
-    "c10d.recv_any_source_",
+RECEIVES = {"c10d.recv_", "c10d.recv_any_source_"}
+"""Write their first argument; what they move is counted by its sender."""
+
+_SILENT = RECEIVES | {
     "c10d.barrier",
     "c10d.monitored_barrier_",
     "_c10d_functional.wait_tensor",

@@ -40,6 +40,7 @@ _PERSISTENT = ("parameters", "gradients", "optimiser_states")
 _PRIORITY = (*_PERSISTENT, "cast_weights", "logits", "saved_activations", "communication_buffers", "temporaries")
 _FREE_OPERATORS = {
     "aten.detach",
+    "aten.promote_types",
     "aten.empty",
     "aten.empty_like",
     "aten.empty_strided",
@@ -169,7 +170,7 @@ class Recorder(torch_private.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in ("prim", "profiler"):
+        if func.namespace in ("prim", "profiler") or scope.is_inside_backend():
             return func(*args, **kwargs)
         if any(hasattr(cls, "__tensor_flatten__") for cls in types):
             return NotImplemented  # a wrapper such as DTensor goes first; its local operations come back here
@@ -203,6 +204,8 @@ class Recorder(torch_private.TorchDispatchMode):
             return
         for tensor in operators.tensors(outputs):
             self._see(tensor, phase, site)
+        if str(func.overloadpacket) in operators.RECEIVES:
+            self._receive(args[0], phase, site)
         call = operators.read_collective(func, args, kwargs, outputs)
         if call is None:
             return
@@ -214,6 +217,15 @@ class Recorder(torch_private.TorchDispatchMode):
         group = axis_name(call.group), call.group.size()
         row = (call.operation, *group, call.dtype, call.payload_bytes, phase, site)
         self._events.append(Issue(*row, ticket=self._num_issued))
+
+    def _receive(self, tensors: Any, phase: str, site: str) -> None:
+        """A message that arrives is a communication buffer; if it was posted right after one that leaves, as a shift
+        posts them, waiting for it is waiting for both."""
+        last = self._events[-1] if self._events else None
+        for tensor in operators.tensors(tensors):
+            self._see(tensor, phase, site).categories.add("communication_buffers")
+            if isinstance(last, Issue) and last.operation == "shift":
+                self._tickets[torch_private.storage_key(tensor.untyped_storage())] = last.ticket
 
     def _computation(self, func: Any, args: Any, kwargs: dict[str, Any], outputs: Any, phase: str, site: str) -> None:
         name = str(func.overloadpacket)

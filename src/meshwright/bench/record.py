@@ -75,12 +75,16 @@ def percent_of_limit(median: float, limit: float, limit_kind: LimitKind) -> floa
     return 100 * (median / limit if limit_kind == "most" else limit / median)
 
 
+def of(name: str, command: str, rows: Sequence[dict[str, Any]], device: str = "") -> dict[str, Any]:
+    """A record of today; `device` is the accelerator's name, the CPU's if empty."""
+    date, environment = datetime.date.today().isoformat(), _environment(device)
+    return {"name": name, "date": date, "environment": environment, "command": command, "rows": list(rows)}
+
+
 def write(name: str, command: str, rows: Sequence[dict[str, Any]], device: str = "", folder: Path = FOLDER) -> Path:
-    """Write a record of today and return its path; `device` is the accelerator's name, the CPU's if empty."""
-    date = datetime.date.today().isoformat()
-    environment = _environment(device)
-    record = {"name": name, "date": date, "environment": environment, "command": command, "rows": list(rows)}
-    stem = f"{_slug(environment['device'])}-{date}"
+    """Write a record of today and return its path; arguments as of `of`."""
+    record = of(name, command, rows, device)
+    stem = f"{_slug(record['environment']['device'])}-{record['date']}"
     path = folder / name / f"{stem}.json"
     repeat = 1
     while path.exists():
@@ -191,12 +195,12 @@ def _environment(device: str) -> dict[str, Any]:
         "torch": metadata.version("torch"),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu,
-        "cores": _cores(),
+        "cores": num_cores(),
         "device": device or cpu,
     }
 
 
-def _cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.cli import options
+from meshwright.cli.benches import Measurement
 from meshwright.cli.worksheets import Sheet
 from meshwright.config.files import load_job
 from meshwright.config.legality import complete_world, require_decoder, require_legal
@@ -93,20 +94,25 @@ def train(given: options.Train) -> int:
 
 def schemes(given: options.Schemes) -> int:
     """A row for each scheme."""
-    from meshwright.schemes.table import table
+    from meshwright.schemes.table import NOTES, Question, rows
 
-    rows = table(given.seq, given.hidden, given.degree, given.batch)
+    question = Question.of(given.seq, given.hidden, given.degree, given.batch, given.heads, given.kv_heads)
     if given.json:
-        inputs = {name: getattr(given, name) for name in ("seq", "hidden", "degree", "batch")}
-        return _print_json({"inputs": inputs, "schemes": [asdict(row) for row in rows]})
+        found = [asdict(row) for row in rows(question)]
+        return _print_json({"inputs": asdict(question), "schemes": found, "notes": NOTES})
     from meshwright.cli.show import show_schemes
 
-    show_schemes(rows)
+    show_schemes(rows(question), question)
     return 0
 
 
 def worksheet(given: Sheet) -> int:
     """1 where a run does not agree with its formula."""
+    return given.show()
+
+
+def bench(given: Measurement) -> int:
+    """1 where something failed."""
     return given.show()
 
 

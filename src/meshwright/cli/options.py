@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from meshwright import catalog
+from meshwright.cli.benches import BENCHES
 from meshwright.cli.worksheets import WORKSHEETS
 from meshwright.config import overrides
 from meshwright.config.values import WrongValueError, nearest, parse
@@ -101,19 +102,27 @@ class Schemes:
     """Compare what the schemes split, send, keep and overlap, for one block of a transformer in bf16."""
 
     seq: int
-    """Tokens in a sequence."""
+    """Tokens in a whole sequence."""
     hidden: int
     """Width of the residual stream."""
     degree: int
-    """Ranks of the scheme's axis."""
+    """Ranks that each scheme divides the block over."""
     batch: int = 1
-    """Sequences that one rank computes on."""
+    """Sequences of a micro-batch, shared by the ranks (data parallelism: of each rank)."""
+    heads: int | None = None
+    """Query heads. None: heads of 128, or narrower where that gives each rank whole ones."""
+    kv_heads: int | None = None
+    """Key and value heads. None: as many as query heads."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
 
 class Worksheet:
     """Work an exercise of the field by formula; NAME says which, and each has its own options."""
+
+
+class Bench:
+    """Measure a piece on this machine; NAME says which, and each has its own options."""
 
 
 COMMANDS: dict[str, type[Any]] = {
@@ -124,9 +133,10 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "schemes": Schemes,
     "worksheet": Worksheet,
+    "bench": Bench,
 }
 
-MEMBERS: dict[str, Mapping[str, type[Any]]] = {"worksheet": WORKSHEETS}
+MEMBERS: dict[str, Mapping[str, type[Any]]] = {"worksheet": WORKSHEETS, "bench": BENCHES}
 """Commands whose first word, a NAME, chooses the class of options."""
 
 _POSITIONAL = "job"
@@ -215,7 +225,12 @@ def print_help(cls: type[Any], command: str) -> None:
 def _kinds(cls: type[Any]) -> dict[str, Any]:
     """Own options and their types, without the None of those that may be left out."""
     hints = {name: kind for name, kind in get_type_hints(cls).items() if name != "overrides"}
-    return {n: next(k for k in get_args(kind) or (kind,) if k is not NoneType) for n, kind in hints.items()}
+    return {name: _without_none(kind) for name, kind in hints.items()}
+
+
+def _without_none(kind: Any) -> Any:
+    choices = get_args(kind)
+    return next(choice for choice in choices if choice is not NoneType) if NoneType in choices else kind
 
 
 def _split(kinds: dict[str, Any], arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[str]]:

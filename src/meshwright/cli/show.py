@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,8 +16,8 @@ from meshwright.config.tree import AXES, Job, Layout
 from meshwright.planner.placement import Placement
 from meshwright.planner.search import Candidate, Plan
 from meshwright.schemes.params import ParamSpec
-from meshwright.schemes.table import Row
-from meshwright.units import format_bytes, format_flops, format_seconds
+from meshwright.schemes.table import NOTES, Question, Row
+from meshwright.units import format_bytes, format_count, format_flops, format_seconds
 
 PLAIN_WIDTH = 200
 SHOWN_RANKS = 16
@@ -68,7 +69,7 @@ def show_account(account: StepAccount, job: Job) -> None:
     table = _table("FLOPs", ">", ">")
     for name in ("forward", "backward", "recompute", "optimiser"):
         if flops := work[f"{name}_flops"]:
-            table.add_row(name, f"{flops:,}", format_flops(flops).removesuffix("/s"))
+            table.add_row(name, f"{flops:,}", _flops(flops))
     _print(table, f"step: {_seconds(account.timeline.step_seconds)} (time model: {account.time_model})")
 
 
@@ -124,16 +125,71 @@ def _unrepeated(placement: Placement) -> list[tuple[str, int, ParamSpec]]:
     return [(name, len(specs), specs[0]) for name, specs in groups.items()]
 
 
-def show_schemes(rows: Sequence[Row]) -> None:
-    """A row a scheme."""
-    table = _table(
-        "scheme", "splits", "operation", ">calls fwd", ">calls bwd", ">elements", ">sent", ">saved", "overlaps"
-    )
+def show_ring(rows: Sequence[dict[str, Any]]) -> None:
+    """A row a case, then a row a comparison; numbers that differ among ranks as their range."""
+    cases, comparisons = ([row for row in rows if key in row] for key in ("layout", "comparison"))
+    first = cases[0]
+    names = ("seq", "heads", "kv_heads", "head_dim", "batch", "precision")
+    problem = ", ".join(f"{name.replace('_', ' ')} {first[name]}" for name in names)
+    table = _table("layout", ">FLOPs fwd", ">FLOPs bwd", ">sent", ">peak", ">by formula", ">seconds", ">spread", "")
+    for row in cases:
+        flops = (_range(row[key], _flops) for key in ("forward_flops", "backward_flops"))
+        sizes = (_range(row[key], format_bytes) for key in ("wire_bytes", "peak_bytes", "formula_peak_bytes"))
+        seconds = (_seconds(row.get(key)) for key in ("median", "spread"))
+        table.add_row(row["layout"], *flops, *sizes, *seconds, row.get("failed", ""))
+    _print(f"Forward and backward of attention, a rank: {problem}", table)
+    table = _table("seconds of … / seconds of …", ">ratio", ">interval", ">confidence", ">limit", ">of that", "")
+    for row in comparisons:
+        table.add_row(row["comparison"], *_ratio_cells(row), row.get("failed", ""))
+    _print(table, f"note: {first['note']}")
+
+
+def _ratio_cells(row: dict[str, Any]) -> list[str]:
+    if "median" not in row:
+        return ["?", "", "", "", ""]
+    low, high = row["interval"]
+    limited = [f"{row['limit']:.2f}", f"{row['percent_of_limit']:.0f} %"] if "limit" in row else ["", ""]
+    return [f"{row['median']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['confidence']:.0%}", *limited]
+
+
+def _range(values: Sequence[int], shown: Callable[[int], str]) -> str:
+    """Of the numbers of all ranks."""
+    if not values:
+        return "?"
+    least, most = min(values), max(values)
+    return shown(least) if least == most else f"{shown(least)} to {shown(most)}"
+
+
+def _flops(flops: int) -> str:
+    return format_flops(flops).removesuffix("/s")
+
+
+def show_schemes(rows: Sequence[Row], question: Question) -> None:
+    """What each scheme does, then how much of it: two tables, as one is wider than a terminal."""
+    kinds = _table("scheme", "splits", "operation", ">calls\nfwd", ">\nbwd", "overlaps")
     for row in rows:
         calls = str(row.calls_forward), str(row.calls_backward)
-        sizes = f"{row.elements:,}", format_bytes(row.wire_bytes), format_bytes(row.saved_bytes)
-        table.add_row(row.scheme, row.splits, row.operation, *calls, *sizes, row.overlaps)
-    _print(table, "One block, one micro-batch, one rank; bf16, gradients float32. sent: under the ring algorithm.")
+        kinds.add_row(row.scheme, row.splits, row.operation, *calls, row.overlaps)
+    sizes = _table(
+        "scheme", ">elements\nfwd", ">sent\nbwd", ">\nbytes", ">saved\nbytes", ">seq\n×2", ">degree\n×2", ">both\n×2"
+    )
+    for row in rows:
+        elements = _elements(row.elements_forward), _elements(row.elements_backward)
+        growth = (ratio or "-" for ratio in (row.when_seq_grows, row.when_degree_grows, row.when_both_grow))
+        sizes.add_row(row.scheme, *elements, format_bytes(row.bytes), format_bytes(row.saved_bytes), *growth)
+    sent = "Last columns: bytes sent, where the sequence, the degree or both double. --json has exact figures."
+    _print(
+        "   ".join(f"{name.replace('kv_', 'KV ')} {value}" for name, value in vars(question).items()),
+        kinds,
+        sizes,
+        sent,
+        *NOTES,
+    )
+
+
+def _elements(number: int) -> str:
+    """A B beside bytes would be read as bytes."""
+    return format_count(number).replace("B", "G")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Collectives on one mesh axis. Each returns a `Pending`: issuing and waiting are two events of the account.
 
-The site (the module's name) is passed with every call. On an axis of one rank nothing is issued.
+The wire's formats have the ranks outermost: a gather or scatter along another dim than the first costs a copy of the
+full tensor, unless all dims before it are of length 1. The site (the module's name) is passed with every call. On an
+axis of one rank nothing is issued.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from meshwright.comm import torch_private
-from meshwright.comm.scope import notify_wait, observed, scope
+from meshwright.comm.scope import inside_backend, notify_wait, observed, scope
 
 Reduction = Literal["sum", "max"]
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -23,36 +26,52 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 class Pending:
     """A collective on the wire, and the tensor that will hold its result.
 
-    While it is pending, its tensor's storage is a communication buffer of the account.
+    While it is pending, its tensor's storage is a communication buffer of the account, and what is sent is kept.
     """
 
     tensor: torch.Tensor
-    work: dist.Work | None = None
-    num_references: int = 0
-    """Holders of the tensor before it was put on the wire; known only while somebody observes."""
+    works: Sequence[dist.Work] = ()
+    sent: torch.Tensor | None = None
+    """What is being sent, where that is not the tensor itself."""
+    num_references: tuple[int, ...] = ()
+    """Holders of the tensor, and of what is sent, before they were put on the wire; known while somebody observes."""
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """From the wire's format to the result."""
 
     def wait(self) -> torch.Tensor:
         """Block until the result is there (on CUDA: make the current stream wait), and return it."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
+        if self.works:
+            works, self.works = list(self.works), ()
+            with inside_backend():
+                while works:  # a work that is done must not be kept: it may hold the tensor
+                    works.pop(0).wait()
             if observed():
                 self._settle()
                 notify_wait(self)
+            self.sent = None
+        if self.finish is not None:
+            self.tensor, self.finish = self.finish(self.tensor), None
         return self.tensor
 
-    def _settle(self, limit_seconds: float = 1.0) -> None:
-        """Wait until the backend's thread lets go of the tensor: gloo's does so a moment after the result is there.
+    def then(self, finish: Callable[[torch.Tensor], torch.Tensor]) -> Pending:
+        """The same, whose result is `finish` of what arrives."""
+        self.finish = finish
+        return self
 
-        Else that thread might be the last holder and free the storage, unseen by whoever follows memory on this one.
+    def _settle(self, limit_seconds: float = 1.0) -> None:
+        """Wait until the backend's thread lets go of the tensors: gloo's does so a moment after the result is there.
+
+        Else that thread might be the last holder and free a storage, unseen by whoever follows memory on this one.
         """
         deadline = time.monotonic() + limit_seconds
-        while torch_private.num_references(self.tensor) > self.num_references and time.monotonic() < deadline:
-            time.sleep(0)
+        tensors = [tensor for tensor in (self.tensor, self.sent) if tensor is not None]
+        for tensor, before in zip(tensors, self.num_references, strict=True):
+            while torch_private.num_references(tensor) > before and time.monotonic() < deadline:
+                time.sleep(0)
 
 
-def _holders(tensor: torch.Tensor) -> int:
-    return torch_private.num_references(tensor) if observed() else 0
+def _holders(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(torch_private.num_references(tensor) for tensor in tensors) if observed() else (0,) * len(tensors)
 
 
 @dataclass(frozen=True)
@@ -73,27 +92,54 @@ class Axis:
         holders = _holders(tensor)
         with scope(site, phase):
             work = dist.all_reduce(tensor, op=_REDUCTIONS[reduction], group=self.group, async_op=True)
-        return Pending(tensor, work, holders)
+        return Pending(tensor, (work,), num_references=holders)
 
-    def all_gather(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
-        """Concatenate every rank's `tensor` [n, ...] along dim 0 into [size·n, ...]. Payload: the gathered tensor."""
+    def all_gather(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
+        """Concatenate every rank's `tensor` along `dim`. Payload: the gathered tensor."""
         if self.size == 1:
             return Pending(tensor)
         with scope(site, phase):
-            gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-            holders = _holders(gathered)
-            work = torch_private.all_gather_into(gathered, tensor.contiguous(), group=self.group, async_op=True)
-        return Pending(gathered, work, holders)
+            part = tensor.contiguous()
+            gathered = part.new_empty(self.size * part.shape[0], *part.shape[1:])
+            holders = _holders(gathered, part)
+            work = torch_private.all_gather_into(gathered, part, group=self.group, async_op=True)
+        pending = Pending(gathered, (work,), part, holders)
+        return pending.then(lambda parts: _side_by_side(parts, self.size, dim)) if dim else pending
 
-    def reduce_scatter(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
-        """Sum `tensor` [size·n, ...] over the axis and keep this rank's [n, ...] of dim 0. Payload: the full tensor."""
+    def reduce_scatter(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
+        """Sum `tensor` over the axis and keep this rank's part of `dim`. Payload: the full tensor."""
         if self.size == 1:
             return Pending(tensor)
         with scope(site, phase):
-            part = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
-            holders = _holders(part)
-            work = torch_private.reduce_scatter_into(part, tensor.contiguous(), group=self.group, async_op=True)
-        return Pending(part, work, holders)
+            parts = tensor.unflatten(dim, (self.size, -1)).movedim(dim, 0).flatten(0, 1).contiguous()
+            part = parts.new_empty(parts.shape[0] // self.size, *parts.shape[1:])
+            holders = _holders(part, parts)
+            work = torch_private.reduce_scatter_into(part, parts, group=self.group, async_op=True)
+        return Pending(part, (work,), parts, holders)
+
+    def all_to_all(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
+        """Send part i of dim 0, [size, ...], to rank i; receive what rank i sent as part i. Payload: the tensor."""
+        if self.size == 1:
+            return Pending(tensor)
+        with scope(site, phase):
+            received = torch.empty_like(tensor)
+            holders = _holders(received, tensor)
+            work = dist.all_to_all_single(received, tensor, group=self.group, async_op=True)
+        return Pending(received, (work,), tensor, holders)
+
+    def shift(
+        self, tensor: torch.Tensor, *, send_to: int, receive_from: int, site: str, phase: str | None = None
+    ) -> Pending:
+        """Send `tensor` to one rank of the axis and receive its like from another. Payload: the tensor."""
+        if self.size == 1:
+            return Pending(tensor)
+        with scope(site, phase):
+            received = torch.empty_like(tensor)
+            holders = _holders(received, tensor)
+            pair = (dist.isend, tensor, send_to), (dist.irecv, received, receive_from)
+            operations = [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t, peer in pair]
+            works = dist.batch_isend_irecv(operations)
+        return Pending(received, tuple(works), tensor, holders)
 
     def broadcast(self, tensor: torch.Tensor, *, site: str, source: int = 0, phase: str | None = None) -> Pending:
         """Copy `tensor` of the rank with coordinate `source` to all, in place. Payload: the tensor."""
@@ -102,4 +148,9 @@ class Axis:
         holders = _holders(tensor)
         with scope(site, phase):
             work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
-        return Pending(tensor, work, holders)
+        return Pending(tensor, (work,), num_references=holders)
+
+
+def _side_by_side(parts: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """[size·n, ..., m, ...] -> [n, ..., size·m, ...]."""
+    return parts.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1).contiguous()

@@ -60,6 +60,21 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
+@contextmanager
+def inside_backend() -> Iterator[None]:
+    """What is executed inside belongs to the communication backend, and to no account (gloo copies on this thread)."""
+    outer, _local.inside_backend = is_inside_backend(), True
+    try:
+        yield
+    finally:
+        _local.inside_backend = outer
+
+
+def is_inside_backend() -> bool:
+    """Whether this thread waits inside the communication backend."""
+    return getattr(_local, "inside_backend", False)
+
+
 def observed() -> bool:
     """Whether anybody observes."""
     return bool(_observers)

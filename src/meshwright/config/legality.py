@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from meshwright.config.tree import AXES, Cluster, Job, Layout, Model, Training
 from meshwright.errors import UserError
 
-UNAVAILABLE = ("shard", "ring", "ulysses", "pipeline")
+UNAVAILABLE = ("shard", "pipeline")
 """Axes that the tree names and no command runs yet."""
 
 
@@ -82,7 +82,8 @@ def _unavailable(layout: Layout) -> Iterator[Violation]:
         degrees = _listed((f"layout.{axis} = {layout.degree(axis)}" for axis in above), "and")
         verb, what = ("is", "it") if len(above) == 1 else ("are", "each of them")
         yield Violation(
-            "available", f"{degrees} {verb} not available yet (only replicate and tensor are): set {what} to 1"
+            "available",
+            f"{degrees} {verb} not available yet (replicate, ring, ulysses and tensor are): set {what} to 1",
         )
 
 
@@ -103,21 +104,49 @@ def _shape_of_attention(model: Model) -> Iterator[Violation]:
 
 
 def _split_of_attention(layout: Layout, model: Model) -> Iterator[Violation]:
-    degree = layout.tensor * layout.ulysses
-    legal = _nearest(_head_degrees(layout, model), degree)
-    use = f"use {_listed(legal)}" if layout.ulysses == 1 else f"use a product of {_listed(legal)}"
+    degree, use = layout.tensor * layout.ulysses, _head_advice(layout, model)
     who = _degrees(layout, ("tensor", "ulysses"))
     if model.heads % degree:
         yield Violation(
             "heads",
             f"{who} does not divide model.heads = {model.heads} (tensor × ulysses must divide the query heads): {use}",
         )
-    if model.kv_heads % degree and degree % model.kv_heads:
+    if not _splits(model.kv_heads, layout.tensor):
+        yield Violation(
+            "kv_heads",
+            f"layout.tensor = {layout.tensor} neither divides model.kv_heads = {model.kv_heads} nor is a multiple of "
+            f"it (tensor must split the KV heads evenly or replicate them): {use}",
+        )
+    elif not _splits(model.kv_heads, degree):
         yield Violation(
             "kv_heads",
             f"{who} neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it "
             f"(tensor × ulysses must split the KV heads evenly or replicate them): {use}",
         )
+
+
+def _head_advice(layout: Layout, model: Model) -> str:
+    """The nearest legal values of ulysses beside this tensor, or of tensor beside this ulysses."""
+    tensors = _nearest(_tensor_degrees(layout, model), layout.tensor)
+    if layout.ulysses == 1:
+        return f"use {_listed(tensors)}"
+    beside = [degree for degree in divisors(model.heads) if _legal_for_heads(model, layout.tensor, degree)]
+    if beside:
+        return f"use layout.ulysses {_listed(_nearest(beside, layout.ulysses))}"
+    if tensors:
+        return f"use layout.tensor {_listed(tensors)}"
+    alone = _nearest(_tensor_degrees(replace(layout, ulysses=1), model), layout.tensor)
+    return f"use layout.tensor {_listed(alone)} with layout.ulysses 1"
+
+
+def _legal_for_heads(model: Model, tensor: int, ulysses: int) -> bool:
+    degrees = (tensor, tensor * ulysses)
+    return model.heads % degrees[1] == 0 and all(_splits(model.kv_heads, degree) for degree in degrees)
+
+
+def _splits(kv_heads: int, degree: int) -> bool:
+    """Whether each of `degree` ranks has as many KV heads, or each KV head as many ranks."""
+    return kv_heads % degree == 0 or degree % kv_heads == 0
 
 
 def _split_of_mlp(layout: Layout, model: Model) -> Iterator[Violation]:
@@ -140,27 +169,24 @@ def _split_of_tokens(layout: Layout, training: Training) -> Iterator[Violation]:
             f"training.batch = {training.batch} is not divisible by {by} (replicate × shard × accumulation: each rank "
             f"takes as many sequences in each micro-batch): use a batch of {_listed(legal)}",
         )
-    parts = layout.ring * layout.ulysses
-    if training.seq_len % parts:
+    parts = layout.sequence_parts
+    if training.seq_len % parts and not training.pad:
+        axes = ("ring", "ulysses", "tensor") if layout.sequence_parallel else ("ring", "ulysses")
+        zigzag = {"2 for zigzag": 2} if layout.ring > 1 and layout.ring_order == "zigzag" else {}
         legal = _near_multiples(parts, training.seq_len)
         yield Violation(
             "sequence",
-            f"training.seq_len = {training.seq_len} is not divisible by {_degrees(layout, ('ring', 'ulysses'))} "
-            f"(ring × ulysses: each rank holds as many tokens): use {_listed(legal)}",
+            f"training.seq_len = {training.seq_len} is not divisible by {_degrees(layout, axes, zigzag)} "
+            f"(each rank holds as many tokens): use {_listed(legal)}, or training.pad true",
         )
 
 
-def _head_degrees(layout: Layout, model: Model) -> list[int]:
-    """Legal values of tensor × ulysses; without ulysses, of tensor, which must then divide d_ff as well."""
-    degrees = [d for d in divisors(model.heads) if model.kv_heads % d == 0 or d % model.kv_heads == 0]
-    return [d for d in degrees if layout.ulysses > 1 or model.d_ff % d == 0]
-
-
 def _tensor_degrees(layout: Layout, model: Model) -> list[int]:
-    """Legal values of tensor alone."""
-    if model.block == "ffn" or layout.ulysses > 1:
-        return divisors(model.d_ff)
-    return _head_degrees(layout, model)
+    """Legal values of tensor beside this ulysses."""
+    degrees = divisors(model.d_ff)
+    if model.block == "ffn":
+        return degrees
+    return [degree for degree in degrees if _legal_for_heads(model, degree, layout.ulysses)]
 
 
 def divisors(number: int) -> list[int]:

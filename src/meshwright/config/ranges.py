@@ -1,4 +1,7 @@
-"""The range of each number in the tree, in one place. What depends on two fields is `legality`'s."""
+"""The range of each number in the tree, in one place.
+
+What depends on two fields is `legality`'s, but for the order of two bounds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, get_args, get_type_hints
 
-from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, Training
+from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, RopeScaling, Training
 
 PRECISIONS = get_args(get_type_hints(Training)["precision"])
 
@@ -18,6 +21,7 @@ COUNT: _Range = ("must be between 0 and 2**40", lambda value: 0 <= value <= 2**4
 DEGREE: _Range = ("must be between 1 and 2**31 - 1", lambda value: 1 <= value < 2**31)
 SEED: _Range = ("must be between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63)
 SECONDS: _Range = ("must be above 0 and at most 1e9", lambda value: 0 < value <= 1e9)
+AT_LEAST_ONE: _Range = ("must be at least 1", lambda value: value >= 1)
 AT_LEAST_ZERO: _Range = ("must be at least 0", lambda value: value >= 0)
 ABOVE_ZERO: _Range = ("must be above 0", lambda value: value > 0)
 FRACTION: _Range = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
@@ -27,10 +31,13 @@ _MODEL = {"layers": LAYERS, **dict.fromkeys(("d_model", "d_ff"), SIZE)}
 _DECODER = {
     **dict.fromkeys(("heads", "kv_heads", "head_dim", "vocab_size"), SIZE),
     **dict.fromkeys(("norm_eps", "rope_theta"), ABOVE_ZERO),
+    "rope_scaling.factor": AT_LEAST_ONE,
+    "rope_scaling.low_freq_factor": ABOVE_ZERO,
+    "rope_scaling.original_positions": SIZE,
 }
 _TRAINING = {
     **dict.fromkeys(("batch", "seq_len", "accumulation", "steps", "heldout_sequences"), SIZE),
-    **dict.fromkeys(("warmup_steps", "heldout_every"), COUNT),
+    **dict.fromkeys(("warmup_steps", "heldout_every", "loss_chunk"), COUNT),
     **dict.fromkeys(("weight_decay", "clip_norm"), AT_LEAST_ZERO),
     "seed": SEED,
     "learning_rate": ABOVE_ZERO,
@@ -52,6 +59,7 @@ def job_mistakes(job: Job) -> list[str]:
     return [
         *_name_mistakes(job.name),
         *_mistakes(job.model, "model.", _MODEL | decoder),
+        *(_rope_scaling_mistakes(job.model.rope_scaling) if decoder else []),
         *(_mistakes(job.layout, "layout.", dict.fromkeys(AXES, DEGREE)) or world_mistakes(job.layout)),
         *cluster_mistakes(job.cluster, "cluster."),
         *_mistakes(job.training, "training.", _TRAINING),
@@ -86,6 +94,14 @@ def _mistakes(owner: object, prefix: str, ranges: dict[str, _Range]) -> list[str
     return [
         f"{prefix}{path} = {values[path]} {rule}" for path, (rule, holds) in ranges.items() if not holds(values[path])
     ]
+
+
+def _rope_scaling_mistakes(scaling: RopeScaling) -> list[str]:
+    """The wavelengths that keep their frequency end below those that are scaled in full."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if high > low:
+        return []
+    return [f"model.rope_scaling.high_freq_factor = {high} must be above model.rope_scaling.low_freq_factor = {low}"]
 
 
 def _name_mistakes(name: str) -> list[str]:

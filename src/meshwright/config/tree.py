@@ -21,6 +21,20 @@ TOKEN_AXES = ("replicate", "shard", "ring", "ulysses")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotary frequencies for positions beyond those of the first training, as in Llama 3.1."""
+
+    factor: float = 1.0
+    """Divides the frequencies of long wavelengths (Llama 3.1: 8); 1 scales nothing."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_positions / low_freq_factor are long."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_positions / high_freq_factor keep their frequency; between, it is interpolated."""
+    original_positions: int = 8192
+    """Sequence length on which the unscaled frequencies were trained."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A decoder-only transformer by its dimensions and kinds."""
 
@@ -50,6 +64,8 @@ class Model:
     """Rotary embedding of queries and keys, or a learned table added to the token embedding."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """How the rotary frequencies are scaled for longer sequences; the default scales nothing."""
     mlp: Literal["gated_silu", "gelu"] = "gated_silu"
     """gated_silu: down(silu(gate(x)) * up(x)). gelu: down(gelu(up(x))), tanh form."""
     bias: bool = False
@@ -76,6 +92,12 @@ class Layout:
     """Ranks that split the layers; planned only."""
     gradients: Literal["naive"] = "naive"
     """How data-parallel gradients are summed. naive: each gradient on its own, blocking, after backward."""
+    sequence_parallel: bool = False
+    """Split norms and the residual stream along the sequence over the tensor axis (Korthikanti et al. 2022)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it. selective: the attention core; full: whole blocks."""
+    ring_order: Literal["contiguous", "zigzag"] = "zigzag"
+    """How a ring divides the sequence: one chunk a rank, or one from either end, to balance the causal mask."""
 
     @property
     def world(self) -> int:
@@ -101,6 +123,16 @@ class Layout:
     def batch_ranks(self) -> int:
         """Number of parts into which the sequences of a batch are divided."""
         return self.replicate * self.shard
+
+    @property
+    def sequence_parts(self) -> int:
+        """Number of equal parts into which a sequence must divide: ring (twice for zigzag) × ulysses × tensor."""
+        chunks = 2 if self.ring > 1 and self.ring_order == "zigzag" else 1
+        return chunks * self.ring * self.ulysses * (self.tensor if self.sequence_parallel else 1)
+
+    def padded(self, seq_len: int) -> int:
+        """The length to which `training.pad` fills up a sequence; a length that divides stays as it is."""
+        return -(-seq_len // self.sequence_parts) * self.sequence_parts
 
     def degree(self, axis: str) -> int:
         """Degree of one mesh axis."""
@@ -188,12 +220,18 @@ class Training:
     """Global batch, in sequences."""
     seq_len: int = 256
     """Tokens in a sequence."""
+    pad: bool = False
+    """Fill sequences up, without labels, to the next length that the layout divides, instead of refusing them."""
+    documents: Literal["joined", "separate"] = "joined"
+    """separate: attention stays within a document (a file of the corpus). joined: it sees all that came before."""
     accumulation: int = 1
     """Micro-batches a step; the batch divides by it."""
     precision: Literal["float32", "bf16"] = "float32"
     """Compute precision. Master weights, gradients and optimiser states are float32 in both."""
     attention: Literal["sdpa"] = "sdpa"
     """Attention kernel; sdpa is PyTorch's own fused one for the device."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at a time, so that they are never whole; 0 computes them all at once."""
     steps: int = 100
     """Optimiser steps."""
     seed: int = 0

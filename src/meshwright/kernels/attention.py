@@ -19,8 +19,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from meshwright.schemes.local import Kernel, attention_kernel, expands_heads
+from meshwright.kernels.visible import Visible, visible_backward, visible_forward
+from meshwright.schemes.attention import EFFICIENT_ROWS, Kernel, attention_kernel, expands_heads
 
 aten = torch.ops.aten
 
@@ -32,10 +34,120 @@ def choose_kernel(attention: str, device_kind: str, dtype: torch.dtype) -> Kerne
 
 
 def causal_attention(
-    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, kernel: Kernel
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    kernel: Kernel,
+    first_BS: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention by the contract above; the gradient of `lse` is not propagated."""
-    return _CausalAttention.apply(q_BSHD, k_BSKD, v_BSKD, kernel)
+    """Causal attention by the contract above; the gradient of `lse` is not propagated.
+
+    `first_BS`: the position of the first key that each query sees, where documents are separate.
+    """
+    return _CausalAttention.apply(q_BSHD, k_BSKD, v_BSKD, kernel, first_BS)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel, first_BS: torch.Tensor | None
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.kernel, ctx.first_BS = kernel, first_BS  # the batch holds it: nothing is kept for backward
+        visible = _within_sequence(first_BS)
+        out, lse, random = attention_forward(q, k, v, kernel, causal=True, visible=visible)
+        ctx.save_for_backward(q, k, v, out, lse, *random)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, _: Any) -> Any:
+        q, k, v, out, lse, *random = ctx.saved_tensors
+        visible = _within_sequence(ctx.first_BS)
+        saved = (q, k, v, out, lse, tuple(random))
+        return *attention_backward(dout, *saved, ctx.kernel, causal=True, visible=visible), None, None
+
+
+def _within_sequence(first_BS: torch.Tensor | None) -> Visible | None:
+    """What queries of a whole sequence see of its keys, where documents are separate."""
+    if first_BS is None:
+        return None
+    positions = torch.arange(first_BS.shape[1], device=first_BS.device)
+    return Visible(first_BS, positions, positions)
+
+
+# --- one block, forward and backward, for whoever composes blocks -----------------------------------------------------
+
+
+def attention_forward(
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    kernel: Kernel,
+    *,
+    causal: bool,
+    visible: Visible | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Output, log-sum-exp (the efficient kernel fills its rows up to a multiple of 32) and the kernel's random state.
+
+    Causal blocks have as many queries as keys. `visible`, where given, is the whole mask. Not differentiable by itself.
+    """
+    q, k, v = _for_kernel(q_BSHD, k_BSKD, v_BSKD, kernel)
+    if visible is not None:
+        return *visible_forward(q, k, v, visible), ()
+    if kernel == "flash_for_cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return out.transpose(1, 2), lse, ()
+    if kernel == "flash":
+        out, lse, *_, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    else:
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+    return out.transpose(1, 2), lse, (seed, offset)
+
+
+def attention_backward(
+    dout_BSHD: torch.Tensor,
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    out_BSHD: torch.Tensor,
+    lse_BHS: torch.Tensor,
+    random: tuple[torch.Tensor, ...],
+    kernel: Kernel,
+    *,
+    causal: bool,
+    visible: Visible | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of one block.
+
+    `out` and `lse` may be those over more keys than the block's: then these are the block's shares of the gradients.
+    """
+    q, k, v = _for_kernel(q_BSHD, k_BSKD, v_BSKD, kernel)
+    out, dout, queries, keys = out_BSHD.transpose(1, 2), dout_BSHD.transpose(1, 2), q.shape[2], k.shape[2]
+    if visible is not None:
+        dq_BSHD, *dkv = visible_backward(dout, q, k, v, out, lse_BHS, visible)
+        dk_BSKD, dv_BSKD = (_collapse(d, k_BSKD.shape[2]).to(k_BSKD.dtype) for d in dkv)
+        return dq_BSHD, dk_BSKD, dv_BSKD
+    if kernel == "flash_for_cpu":
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse_BHS, 0.0, causal)
+    elif kernel == "flash":
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse_BHS.contiguous(), None, None, queries, keys, 0.0, causal, *random
+        )
+    else:
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            dout, q, k, v, None, out, _filled_rows(lse_BHS), *random, 0.0, [True, True, True, False], causal
+        )
+    dk_BSKD, dv_BSKD = (_collapse(d.transpose(1, 2), k_BSKD.shape[2]) for d in (dk, dv))
+    return dq.transpose(1, 2), dk_BSKD, dv_BSKD
+
+
+def _for_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, heads, S, D] as kernels take them, keys and values repeated where they must be."""
+    heads = q.shape[2] if expands_heads(kernel, q.shape[2], k.shape[2]) else k.shape[2]
+    return q.transpose(1, 2), _expand(k, heads).transpose(1, 2), _expand(v, heads).transpose(1, 2)
 
 
 def _expand(x_BSKD: torch.Tensor, heads: int) -> torch.Tensor:
@@ -52,50 +164,7 @@ def _collapse(dx_BSHD: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return dx_BSHD.reshape(B, S, kv_heads, H // kv_heads, D).sum(dim=3)
 
 
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: Kernel) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.kernel = kernel
-        random: tuple[Any, ...] = ()
-        heads = q.shape[2] if expands_heads(kernel, q.shape[2], k.shape[2]) else k.shape[2]
-        q_BHSD, k_BHSD, v_BHSD = q.transpose(1, 2), _expand(k, heads).transpose(1, 2), _expand(v, heads).transpose(1, 2)
-        if kernel == "flash_for_cpu":
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q_BHSD, k_BHSD, v_BHSD, 0.0, True)
-        elif kernel == "flash":
-            out, lse, *_, seed, offset, _ = aten._scaled_dot_product_flash_attention(q_BHSD, k_BHSD, v_BHSD, 0.0, True)
-            random = (seed, offset)
-        else:
-            out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
-                q_BHSD, k_BHSD, v_BHSD, None, True, 0.0, True
-            )
-            random = (seed, offset)
-        out_BSHD = out.transpose(1, 2)
-        ctx.save_for_backward(q, k, v, out_BSHD, lse, *random)
-        ctx.mark_non_differentiable(lse)
-        return out_BSHD, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor, _: Any) -> Any:
-        q, k, v, out_BSHD, lse, *random = ctx.saved_tensors
-        heads = q.shape[2] if expands_heads(ctx.kernel, q.shape[2], k.shape[2]) else k.shape[2]
-        q_BHSD, k_BHSD, v_BHSD = q.transpose(1, 2), _expand(k, heads).transpose(1, 2), _expand(v, heads).transpose(1, 2)
-        out, dout_BHSD, S = out_BSHD.transpose(1, 2), dout.transpose(1, 2), q.shape[1]
-        if ctx.kernel == "flash_for_cpu":
-            dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout_BHSD, q_BHSD, k_BHSD, v_BHSD, out, lse, 0.0, True
-            )
-        elif ctx.kernel == "flash":
-            dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-                dout_BHSD, q_BHSD, k_BHSD, v_BHSD, out, lse, None, None, S, S, 0.0, True, *random
-            )
-        else:
-            dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-                dout_BHSD, q_BHSD, k_BHSD, v_BHSD, None, out, lse, *random, 0.0, [True, True, True, False], True
-            )
-        return (
-            dq.transpose(1, 2),
-            _collapse(dk.transpose(1, 2), k.shape[2]),
-            _collapse(dv.transpose(1, 2), k.shape[2]),
-            None,
-        )
+def _filled_rows(lse_BHS: torch.Tensor) -> torch.Tensor:
+    """Rows filled up to the multiple of 32 that the efficient kernel wants."""
+    missing = -lse_BHS.shape[-1] % EFFICIENT_ROWS
+    return F.pad(lse_BHS, (0, missing)) if missing else lse_BHS.contiguous()

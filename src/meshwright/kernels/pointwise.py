@@ -9,10 +9,13 @@ their master dtype, inputs and outputs are in the compute dtype.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from meshwright.config.tree import RopeScaling
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,10 +112,30 @@ def _normalised_backward(
     return g.to(dh.dtype), dw
 
 
-def rope_tables(positions_S: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling, device: torch.device | None = None
+) -> torch.Tensor:
+    """Rotary angle of each pair of features from one position to the next [D/2], in float64.
+
+    Scaled as in Llama 3.1, by how often a pair turns within the original positions: at least high_freq_factor times
+    keeps its frequency, at most low_freq_factor times divides it by the factor, and between it is interpolated.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
+    frequencies = theta**-exponents
+    if scaling.factor == 1:
+        return frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = frequencies * (scaling.original_positions / (2 * math.pi))
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def rope_tables(
+    positions_S: torch.Tensor, head_dim: int, theta: float, scaling: RopeScaling, dtype: torch.dtype
+) -> torch.Tensor:
     """Cosines and sines [2, S, 1, D/2] of the rotary angles at global positions (Su et al. 2021)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=torch.float64) / head_dim
-    angles = positions_S[:, None].to(torch.float64) * theta**-exponents
+    frequencies = rope_frequencies(head_dim, theta, scaling, positions_S.device)
+    angles = positions_S[:, None].to(torch.float64) * frequencies
     return torch.stack((angles.cos(), angles.sin())).to(dtype)[:, :, None, :]
 
 

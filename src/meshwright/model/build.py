@@ -34,7 +34,9 @@ def build(job: Job, world: World, *, float64: bool = False, materialise: bool = 
         owner, _, leaf = spec.name.rpartition(".")
         decoder.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
     if job.model.tied:
-        decoder.head.register_parameter("weight", decoder.embedding.weight)
+        # A leaf of its own on the same storage: each share of the gradient is added to the one `.grad` as it comes,
+        # instead of the head's waiting in the engine for the embedding's through the whole backward pass.
+        decoder.head.register_parameter("weight", nn.Parameter(decoder.embedding.weight.detach()))
     return decoder
 
 

@@ -8,6 +8,8 @@ holds its rank's slices of its parameters; `model.build` shapes and fills them f
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -15,9 +17,12 @@ from meshwright.comm.collectives import Axis
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job, Model
 from meshwright.kernels import pointwise
-from meshwright.kernels.attention import causal_attention, choose_kernel
-from meshwright.parallel.tensor import column_linear, row_linear, vocab_cross_entropy, vocab_embedding
-from meshwright.schemes.local import Kernel
+from meshwright.kernels.attention import choose_kernel
+from meshwright.parallel.context import ContextAttention
+from meshwright.parallel.loss import chunked_cross_entropy, vocab_cross_entropy
+from meshwright.parallel.recompute import rerun
+from meshwright.parallel.sequence import Region
+from meshwright.parallel.tensor import column_linear, row_linear, vocab_embedding
 
 
 class Affine(nn.Module):
@@ -47,74 +52,80 @@ class Norm(Affine):
 class Embedding(Affine):
     """Token embedding, its rows split over the tensor axis."""
 
-    def __init__(self, axis: Axis, dtype: torch.dtype, site: str) -> None:
+    def __init__(self, region: Region, dtype: torch.dtype, site: str) -> None:
         super().__init__()
-        self.axis, self.dtype, self.site = axis, dtype, site
+        self.region, self.dtype, self.site = region, dtype, site
 
     def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        return vocab_embedding(tokens_BS, self.weight, self.dtype, self.axis, self.site)
+        return vocab_embedding(tokens_BS, self.weight, self.dtype, self.region, self.site)
 
 
 class Positions(Affine):
     """Learned positions, added to the embedding."""
 
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.region = region
+
     def forward(self, x_BSE: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-        return pointwise.add_positions(x_BSE, self.weight, positions_S)
+        return pointwise.add_positions(x_BSE, self.weight, self.region.own(positions_S))
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention: column-parallel query, key and value, row-parallel output."""
 
-    def __init__(self, model: Model, axis: Axis, kernel: Kernel, site: str) -> None:
+    def __init__(self, model: Model, region: Region, attend: ContextAttention, site: str) -> None:
         super().__init__()
-        self.head_dim, self.axis, self.kernel, self.site = model.head_dim, axis, kernel, site
+        self.head_dim, self.region, self.attend, self.site = model.head_dim, region, attend, site
         self.query, self.key, self.value, self.output = Affine(), Affine(), Affine(), Affine()
 
-    def forward(self, h_BSE: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, h_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
         weights, biases = zip(*((p.weight, p.bias) for p in (self.query, self.key, self.value)), strict=True)
-        q, k, v = column_linear(h_BSE, weights, biases, self.axis, self.site)
-        q, k, v = (self._heads(x) for x in (q, k, v))
+        qkv = [
+            x.unflatten(-1, (-1, self.head_dim)) for x in column_linear(h_BSE, weights, biases, self.region, self.site)
+        ]
         if rotary is not None:
-            q = pointwise.rope(q, rotary)
-            k = pointwise.rope(k, rotary)
-        out_BSHD, _ = causal_attention(q, k, v, self.kernel)
-        return row_linear(out_BSHD.flatten(2), self.output.weight, self.output.bias, self.axis, self.site)
-
-    def _heads(self, x_BSF: torch.Tensor) -> torch.Tensor:
-        return x_BSF.unflatten(-1, (-1, self.head_dim))
+            for i in range(2):
+                qkv[i] = pointwise.rope(qkv[i], rotary)
+        out_BSHD = self.attend(qkv, self.site, first_BS)
+        return row_linear(out_BSHD.flatten(2), self.output.weight, self.output.bias, self.region, self.site)
 
 
 class MLP(nn.Module):
     """Column-parallel up (and gate), row-parallel down."""
 
-    def __init__(self, model: Model, axis: Axis, site: str) -> None:
+    def __init__(self, model: Model, region: Region, site: str) -> None:
         super().__init__()
-        self.axis, self.site = axis, site
+        self.region, self.site = region, site
         self.gate = Affine() if model.mlp == "gated_silu" else None
         self.up, self.down = Affine(), Affine()
 
     def forward(self, h_BSE: torch.Tensor) -> torch.Tensor:
         if self.gate is None:
-            (up,) = column_linear(h_BSE, (self.up.weight,), (self.up.bias,), self.axis, self.site)
+            (up,) = column_linear(h_BSE, (self.up.weight,), (self.up.bias,), self.region, self.site)
             a_BSF = pointwise.gelu(up)
         else:
             weights, biases = (self.gate.weight, self.up.weight), (self.gate.bias, self.up.bias)
-            gate, up = column_linear(h_BSE, weights, biases, self.axis, self.site)
+            gate, up = column_linear(h_BSE, weights, biases, self.region, self.site)
             a_BSF = pointwise.gated_silu(gate, up)
-        return row_linear(a_BSF, self.down.weight, self.down.bias, self.axis, self.site)
+        return row_linear(a_BSF, self.down.weight, self.down.bias, self.region, self.site)
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each after a norm and added to the residual stream."""
 
-    def __init__(self, model: Model, axis: Axis, kernel: Kernel, site: str) -> None:
+    def __init__(self, model: Model, region: Region, attend: ContextAttention, site: str) -> None:
         super().__init__()
-        self.attention_norm, self.attention = Norm(model), Attention(model, axis, kernel, f"{site}.attention")
-        self.mlp_norm, self.mlp = Norm(model), MLP(model, axis, f"{site}.mlp")
+        self.attention_norm, self.attention = Norm(model), Attention(model, region, attend, f"{site}.attention")
+        self.mlp_norm, self.mlp = Norm(model), MLP(model, region, f"{site}.mlp")
 
-    def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
         h_BSE, x_BSE = self.attention_norm(x_BSE)
-        x_BSE = x_BSE + self.attention(h_BSE, rotary)
+        x_BSE = x_BSE + self.attention(h_BSE, rotary, first_BS)
         h_BSE, x_BSE = self.mlp_norm(x_BSE)
         return x_BSE + self.mlp(h_BSE)
 
@@ -122,12 +133,12 @@ class Block(nn.Module):
 class Head(Affine):
     """Projection to this rank's columns of the vocabulary."""
 
-    def __init__(self, axis: Axis, site: str) -> None:
+    def __init__(self, region: Region, site: str) -> None:
         super().__init__()
-        self.axis, self.site = axis, site
+        self.region, self.site = region, site
 
     def forward(self, h_BSE: torch.Tensor) -> torch.Tensor:
-        (logits_BSV,) = column_linear(h_BSE, (self.weight,), (None,), self.axis, self.site)
+        (logits_BSV,) = column_linear(h_BSE, (self.weight,), (None,), self.region, self.site)
         return logits_BSV
 
 
@@ -142,23 +153,53 @@ class Loss(nn.Module):
         return vocab_cross_entropy(logits_BSV, labels_BS, self.vocab_size, self.axis, self.site)
 
 
+class ChunkedLoss(nn.Module):
+    """The same from the head's input: the head is applied inside, to some tokens at a time."""
+
+    def __init__(self, vocab_size: int, chunk: int, head: Head, site: str) -> None:
+        super().__init__()
+        self.vocab_size, self.chunk, self.region, self.sites = vocab_size, chunk, head.region, (head.site, site)
+
+    def forward(self, h_BSE: torch.Tensor, labels_BS: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(h_BSE, weight_VE, labels_BS, self.vocab_size, self.chunk, self.region, self.sites)
+
+
 class Decoder(nn.Module):
     """The whole model on one rank. Parameters are made by `model.build.build`."""
 
     def __init__(self, job: Job, world: World, dtype: torch.dtype) -> None:
         super().__init__()
-        model, axis = job.model, world.axes["tensor"]
-        kernel = choose_kernel(job.training.attention, job.training.device, dtype)
-        self.config, self.dtype = model, dtype
-        self.embedding = Embedding(axis, dtype, "embedding")
-        self.positions = Positions() if model.positions == "learned" else None
-        self.layers = nn.ModuleList(Block(model, axis, kernel, f"layers.{i}") for i in range(model.layers))
+        model, layout = job.model, job.layout
+        region = Region(world.axes["tensor"], split=layout.sequence_parallel)
+        attend = ContextAttention(
+            ulysses=world.axes["ulysses"],
+            ring=world.axes["ring"],
+            order=layout.ring_order,
+            kernel=choose_kernel(job.training.attention, job.training.device, dtype),
+            recompute=layout.recompute == "selective",
+        )
+        self.config, self.dtype, self.rerun_blocks = model, dtype, layout.recompute == "full"
+        self.embedding = Embedding(region, dtype, "embedding")
+        self.positions = Positions(region) if model.positions == "learned" else None
+        self.layers = nn.ModuleList(Block(model, region, attend, f"layers.{i}") for i in range(model.layers))
         self.norm = Norm(model)
-        self.head = Head(axis, "head")
-        self.loss = Loss(model.vocab_size, axis, "loss")
+        self.head = Head(region, "head")
+        self.loss: Loss | ChunkedLoss
+        if job.training.loss_chunk:
+            self.loss = ChunkedLoss(model.vocab_size, job.training.loss_chunk, self.head, "loss")
+        else:
+            self.loss = Loss(model.vocab_size, region.axis, "loss")
 
-    def logits(self, tokens_BS: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, tokens_BS: torch.Tensor, positions_S: torch.Tensor, first_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits [B, S, V] of this rank's columns, padding included."""
+        return self.head(self.hidden(tokens_BS, positions_S, first_BS))
+
+    def hidden(
+        self, tokens_BS: torch.Tensor, positions_S: torch.Tensor, first_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The head's input [B, S, E], or this rank's part [B, S/T, E] of it."""
         config = self.config
         x_BSE = self.embedding(tokens_BS)
         rotary = None
@@ -166,12 +207,26 @@ class Decoder(nn.Module):
             x_BSE = self.positions(x_BSE, positions_S)
         else:
             dtype = pointwise.accumulation_dtype(self.dtype)
-            rotary = pointwise.rope_tables(positions_S, config.head_dim, config.rope_theta, dtype)
+            rotary = pointwise.rope_tables(positions_S, config.head_dim, config.rope_theta, config.rope_scaling, dtype)
         for layer in self.layers:
-            x_BSE = layer(x_BSE, rotary)
+            block = functools.partial(layer, first_BS=first_BS)
+            x_BSE = rerun(block, x_BSE, rotary) if self.rerun_blocks else block(x_BSE, rotary)
         h_BSE, _ = self.norm(x_BSE)
-        return self.head(h_BSE)
+        return h_BSE
 
-    def forward(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-        """Sum of the token losses of this rank's micro-batch, a float64 scalar."""
-        return self.loss(self.logits(tokens_BS, positions_S), labels_BS)
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        positions_S: torch.Tensor,
+        first_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of the token losses of this rank's micro-batch, a float64 scalar.
+
+        `first_BS` [B, U·S]: where the document of each token that this rank attends for begins; None if it does not
+        matter.
+        """
+        h_BSE = self.hidden(tokens_BS, positions_S, first_BS)
+        if isinstance(self.loss, ChunkedLoss):
+            return self.loss(h_BSE, labels_BS, self.head.weight)
+        return self.loss(self.head(h_BSE), labels_BS)

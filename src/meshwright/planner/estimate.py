@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from meshwright.account import UNKNOWN_AXIS, LedgerKey, Span, StepAccount, Timeline, Work
+from meshwright.account import UNKNOWN_AXIS, LedgerKey, Span, StepAccount, Timeline
 from meshwright.config.tree import Cluster, Device, Job, Layout, Link
+from meshwright.planner.step import forward_flops
 
 EFFICIENCY = 0.5
 PHASES = ("forward", "recompute", "backward", "optimiser")
@@ -101,7 +102,18 @@ def _tiles(costs: list[_Cost]) -> Iterator[Span]:
 # --- utilisation ------------------------------------------------------------------------------------------------------
 
 
-def mfu(work: Work, step_seconds: float | None, device: Device | None, precision: str) -> float | None:
+def model_flops(job: Job) -> int:
+    """A rank's share of the FLOPs that the model itself needs in a step: three times the forward's matrix products.
+
+    Backward is twice forward: a gradient for each of the two inputs of a product. They are those of one device over
+    the number of ranks, attention's whole score matrix included, so that no layout changes them: not copies of
+    key-value heads, blocks that a ring leaves out, padding, nor what is computed a second time to save memory.
+    """
+    single = replace(job, layout=Layout(), training=replace(job.training, accumulation=1))
+    return 3 * forward_flops(single) // job.layout.world
+
+
+def mfu(model_flops: int, step_seconds: float | None, device: Device | None, precision: str) -> float | None:
     """Model FLOPs over what the peak allows in the same time; None where time, device or peak is not known."""
     peak = device.peak_flops.get(precision) if device is not None else None
-    return work.model_flops / (step_seconds * peak) if peak and step_seconds else None
+    return model_flops / (step_seconds * peak) if peak and step_seconds else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshwright.account import StepAccount
 from meshwright.config.tree import Job
 from meshwright.planner.estimate import COMPUTE_LANE
+from meshwright.planner.step import heaviest
 from meshwright.units import format_bytes
 
 _TIERS = {"intra": "inside a host", "inter": "between hosts"}
@@ -17,7 +20,7 @@ def why(account: StepAccount, job: Job, missing_bytes: int | None) -> str:
 
 
 def notes(job: Job, devices: int) -> tuple[str, ...]:
-    """What was assumed of the cluster."""
+    """What was assumed of the cluster, and what an option of the legal job, the best of those priced, is worth."""
     cluster, found = job.cluster, []
     if devices > cluster.devices:
         hosts = -(-devices // cluster.devices_per_host)
@@ -26,7 +29,22 @@ def notes(job: Job, devices: int) -> tuple[str, ...]:
         )
     if job.model.block == "ffn":
         found.append("the model is two linear layers a block: no attention, vocabulary or loss is priced")
+    elif job.layout.recompute == "selective":
+        found.append(_selective(job))
     return tuple(found)
+
+
+def _selective(job: Job) -> str:
+    """What selective recomputation saves and costs: little saved, as fused kernels keep no scores anyhow."""
+    selective = heaviest(job)
+    none = heaviest(replace(job, layout=replace(job.layout, recompute="none")))
+    activations = none.footprint.bytes["saved_activations"]
+    saved = activations - selective.footprint.bytes["saved_activations"]
+    again = selective.work.flops(phase="recompute")
+    return (
+        f"selective recomputation saves {format_bytes(saved)} of {format_bytes(activations)} of activations, because "
+        f"the fused attention kernel keeps no scores anyhow, for {again / none.work.flops():.0%} more FLOPs"
+    )
 
 
 def _room(account: StepAccount, job: Job, missing_bytes: int | None) -> str:

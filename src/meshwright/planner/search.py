@@ -17,9 +17,9 @@ from meshwright.config.legality import Violation, divisors, require_legal
 from meshwright.config.tree import AXES, Job, Layout
 from meshwright.errors import UserError
 from meshwright.planner.blocks import formula_of_blocks
-from meshwright.planner.estimate import estimate, mfu
+from meshwright.planner.estimate import estimate, mfu, model_flops
 from meshwright.planner.explain import notes, why
-from meshwright.planner.step import formula
+from meshwright.planner.step import heaviest
 
 VARIED = ("tensor", "replicate")
 """The axes that a search varies."""
@@ -51,7 +51,7 @@ class Candidate:
     @property
     def mfu(self) -> float | None:
         """Predicted model FLOP utilisation."""
-        return mfu(self.account.work, self.step_seconds, self.job.cluster.device, self.job.training.precision)
+        return mfu(model_flops(self.job), self.step_seconds, self.job.cluster.device, self.job.training.precision)
 
     @property
     def why(self) -> str:
@@ -123,12 +123,13 @@ def plan(job: Job, devices: int | None = None, typed: Collection[str] = (), top:
     if not legal:
         reasons = (f"no legal layout of {devices} devices: {group.example}: {group.fix}" for group in rejected)
         raise UserError("\n".join(reasons))
-    return Plan(job, tuple(sorted(legal, key=_rank)[:top]), rejected, notes(job, devices))
+    ranked = tuple(sorted(legal, key=_rank)[:top])
+    return Plan(job, ranked, rejected, notes(ranked[0].job, devices))
 
 
 def price(job: Job) -> Candidate:
     """Formula and estimate of a legal job."""
-    account = formula_of_blocks(job) if job.model.block == "ffn" else formula(job)
+    account = formula_of_blocks(job) if job.model.block == "ffn" else heaviest(job)
     return Candidate(job, estimate(account, job))
 
 

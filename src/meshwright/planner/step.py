@@ -9,24 +9,57 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from meshwright.account import StepAccount, Trace
-from meshwright.config.tree import Job
+from meshwright.account import EXACT_KINDS, StepAccount, Trace, Work
+from meshwright.config.tree import Job, Layout
 from meshwright.schemes.decoder import Decoder
 from meshwright.schemes.params import ParamSpec, param_specs
 from meshwright.schemes.replicate import sum_naive
 from meshwright.schemes.tape import BOOL, FLOAT32, FLOAT64, INT64, Group, Sizes, Tape
+from meshwright.schemes.tensor import ColumnLinear, RowLinear
 
 
-def formula(job: Job) -> StepAccount:
-    """The account of one step of a legal job, the same for every rank. Time is left out (see `planner.estimate`)."""
-    return StepAccount.of(step_trace(job), source="formula", rank=0, world=job.layout.world, job=job.name)
+def formula(job: Job, rank: int = 0) -> StepAccount:
+    """The account of one step of a legal job. Time is left out (see `planner.estimate`).
+
+    Ranks differ only by their coordinate on the ring.
+    """
+    return StepAccount.of(step_trace(job, rank), source="formula", rank=rank, world=job.layout.world, job=job.name)
 
 
-def step_trace(job: Job) -> Trace:
+def forward_flops(job: Job) -> int:
+    """FLOPs of matrix products and attention in the forward pass of one micro-batch."""
+    sizes, tape = Sizes.of(job.model, job.layout, job.training), Tape()
+    if job.model.block == "ffn":
+        up, down = ColumnLinear(sizes, (sizes.F,), job.model.bias), RowLinear(sizes, sizes.F, job.model.bias)
+        with tape.repeat(job.model.layers), tape.at(phase="forward"):
+            up.forward(tape, ("saved_activations",))
+            down.forward(tape)
+    else:
+        Decoder(job.model, sizes).forward(tape)
+    return sum(Work.of(tape.trace()).flops(phase="forward", kind=kind) for kind in EXACT_KINDS)
+
+
+def heaviest(job: Job) -> StepAccount:
+    """The account of a rank that no other exceeds, neither in work nor in memory."""
+    stride = job.layout.stride("ring")
+    accounts = [formula(job, coordinate * stride) for coordinate in _heaviest_coordinates(job.layout)]
+    return max(accounts, key=lambda account: account.footprint.peak)
+
+
+def _heaviest_coordinates(layout: Layout) -> tuple[int, ...]:
+    """On the ring. Contiguous: the last, which sees every key. Zigzag: work is equal; a step that shows all queries
+    half of the keys needs other memory than one that shows half of the queries all keys, and only ranks between the
+    first and the last have both kinds."""
+    if layout.ring_order == "contiguous" or layout.ring == 1:
+        return (layout.ring - 1,)
+    return (0, 1) if layout.ring == 2 else (1,)
+
+
+def step_trace(job: Job, rank: int = 0) -> Trace:
     """The trace of the second step: optimiser states exist, gradients are persistent."""
     layout, training = job.layout, job.training
     specs = param_specs(job.model, layout, training.seq_len)
-    sizes = Sizes.of(job.model, layout, training)
+    sizes = Sizes.of(job.model, layout, training, rank)
     decoder = Decoder(job.model, sizes)
     group = Group(layout.gradient_axis or "replicate", layout.gradient_group_size)
     tape = Tape()
@@ -62,9 +95,11 @@ def _batch(tape: Tape, decoder: Decoder, accumulation: int) -> None:
     """Tokens and labels of all micro-batches, and positions; autograd holds some of them."""
     s = decoder.sizes
     tokens, positions = accumulation * s.N * INT64, s.S * INT64
-    tape.alloc(tokens, "logits")  # the labels: the loss keeps them
+    tape.alloc(tokens, "temporaries" if s.loss_chunk else "logits")  # the labels: a loss of whole logits keeps them
     tape.alloc(tokens, "saved_activations" if s.T == 1 else "temporaries")
     tape.alloc(positions, "saved_activations" if decoder.model.positions == "learned" else "temporaries")
+    if s.documents:
+        tape.alloc(tokens * s.U)
     with tape.holding(accumulation * s.N * BOOL):
         pass
 

@@ -53,10 +53,12 @@ def _empty_batch(job: Job, executed: int) -> Batch:
     shape = (
         training.accumulation,
         training.batch // (job.layout.batch_ranks * training.accumulation),
-        training.seq_len // (job.layout.ring * job.layout.ulysses),
+        job.layout.padded(training.seq_len) // (job.layout.ring * job.layout.ulysses),
     )
+    attended = (*shape[:2], shape[2] * job.layout.ulysses)
     return Batch(
         torch.empty(shape, dtype=torch.int64)[:executed],
         torch.empty(shape, dtype=torch.int64)[:executed],
         torch.empty(shape[-1], dtype=torch.int64),
+        torch.empty(attended, dtype=torch.int64)[:executed] if training.documents == "separate" else None,
     )

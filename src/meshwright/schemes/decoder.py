@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshwright.config.tree import Model
-from meshwright.schemes.local import Activation, AttentionCore, Norm, Rope
+from meshwright.schemes.context import SAVED, ContextAttention
+from meshwright.schemes.local import Activation, Norm, Rope
+from meshwright.schemes.loss import ChunkedCrossEntropy, CrossEntropy
+from meshwright.schemes.recompute import RerunBlock
 from meshwright.schemes.tape import FLOAT32, Sizes, Tape
-from meshwright.schemes.tensor import ColumnLinear, CrossEntropy, Embedding, RowLinear
-
-SAVED = "saved_activations"
+from meshwright.schemes.tensor import ColumnLinear, Embedding, RowLinear
 
 
 @dataclass(frozen=True)
@@ -23,54 +24,71 @@ class Block:
     model: Model
     sizes: Sizes
 
-    def forward(self, tape: Tape, site: str) -> None:
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of the residual stream, and of a norm's output."""
+        return self.sizes.M * self.sizes.E * self.sizes.c
+
+    def forward(self, tape: Tape, site: str, *, out_category: str = SAVED) -> None:
         """Makes the next residual stream; the present one stays, saved by the first norm."""
         m, s = self.model, self.sizes
+        attention, activation = ContextAttention(s), Activation(s, m.mlp)
         with tape.at(f"{site}.attention_norm"):
             self.norm.forward(tape)
         with tape.at(f"{site}.attention"):
-            rotated = "temporaries" if m.positions == "rope" else SAVED
-            self.qkv.forward(tape, (rotated, rotated, SAVED))
+            rotated = attention.input_category if m.positions == "learned" else "temporaries"
+            self.qkv.forward(tape, (rotated, rotated, attention.input_category))
             if m.positions == "rope":
-                Rope(s, s.H).forward(tape)
-                Rope(s, s.K).forward(tape)
-            AttentionCore(s).forward(tape)
+                Rope(s, s.H).forward(tape, attention.input_category)
+                Rope(s, s.K).forward(tape, attention.input_category)
+            attention.forward(tape)
             self.output.forward(tape)
-        self._add(tape, site)
+            tape.drop(s.N * s.H * s.D * s.c)
+        self._add(tape, site, SAVED)
         with tape.at(f"{site}.mlp_norm"):
             self.norm.forward(tape)
+            tape.drop(self.stream_bytes)  # the first norm's output
         with tape.at(f"{site}.mlp"):
             self.up.forward(tape, (SAVED,) * len(self.up.features))
-            Activation(s, m.mlp).forward(tape)
+            activation.forward(tape)
             self.down.forward(tape)
-        self._add(tape, site)
+            tape.drop((activation.num_inputs + 1) * activation.nbytes)
+        self._add(tape, site, out_category)
+        tape.drop(2 * self.stream_bytes)  # the second norm's output, and the stream between
 
-    def backward(self, tape: Tape, site: str) -> None:
-        """Turns the gradient of the next residual stream into that of the present one."""
-        m, s = self.model, self.sizes
+    def backward(self, tape: Tape, site: str, *, rotary_bytes: int = 0, holds_gradient: bool = False) -> None:
+        """Turns the gradient of the next residual stream into that of the present one.
+
+        `rotary_bytes` of tables are used here for the last time. `holds_gradient`: somebody outside holds the gradient
+        that comes in, and frees it.
+        """
+        m, s, attention = self.model, self.sizes, ContextAttention(self.sizes)
+        dkv = attention.dkv_category
         with tape.at(f"{site}.mlp"):
             self.down.backward(tape, release_input=True)
             Activation(s, m.mlp).backward(tape)
             self.up.backward(tape)
         with tape.at(f"{site}.mlp_norm"):
-            self.norm.backward(tape, dh_category=s.wire_category, residual=True)
+            self.norm.backward(tape, dh_category=s.wire_category, residual=not holds_gradient)
         with tape.at(f"{site}.attention"):
-            self.output.backward(tape, release_input=False)  # attention holds its output too
-            AttentionCore(s).backward(tape)
+            self.output.backward(tape, release_input=not attention.shares_out)
+            attention.backward(tape)
             if m.positions == "rope":
-                Rope(s, s.K).backward(tape)
+                Rope(s, s.K).backward(tape, dkv)
                 Rope(s, s.H).backward(tape)
-            self.qkv.backward(tape)
+                tape.release(rotary_bytes)
+            self.qkv.backward(
+                tape, dy_categories=("temporaries", dkv if m.positions == "learned" else "temporaries", dkv)
+            )
         with tape.at(f"{site}.attention_norm"):
             self.norm.backward(tape, dh_category=s.wire_category, residual=True)
 
-    def _add(self, tape: Tape, site: str) -> None:
+    def _add(self, tape: Tape, site: str, category: str) -> None:
         """The residual sum, saved by the next norm; frees the branch's output."""
-        s = self.sizes
         with tape.at(site):
-            tape.save(s.N * s.E * s.c)
-            tape.elementwise(3 * s.N * s.E * s.c)
-            tape.free(s.N * s.E * s.c, s.wire_category)
+            tape.alloc(self.stream_bytes, category)
+            tape.elementwise(3 * self.stream_bytes)
+            tape.free(self.stream_bytes, self.sizes.wire_category)
 
     @property
     def norm(self) -> Norm:
@@ -121,39 +139,45 @@ class Decoder:
             with tape.at("", "forward"):
                 tape.save(self.rotary_bytes)
         with tape.repeat(m.layers), tape.at(phase="forward"):
-            Block(m, s).forward(tape, "layers.*")
+            self._block.forward(tape, "layers.*")
         with tape.at("norm", "forward"):
-            self._norm.forward(tape)
+            self._norm.forward(tape, "temporaries" if s.loss_chunk else SAVED)
+        if s.loss_chunk:
+            with tape.at("loss", "forward"):
+                ChunkedCrossEntropy(s).forward(tape)
+            with tape.at("", "forward"):
+                tape.free(s.M * s.E * s.c)  # the norm's output, of which the loss has kept the gradient
+            return
         with tape.at("head", "forward"):
             self._head.forward(tape, ("logits",))
         with tape.at("loss", "forward"):
-            CrossEntropy(s).forward(tape)
+            CrossEntropy(s, s.N).forward(tape)
 
     def backward(self, tape: Tape) -> None:
         """Loss to embedding."""
         m, s = self.model, self.sizes
-        with tape.at("loss", "backward"):
-            CrossEntropy(s).backward(tape)
-        with tape.at("head", "backward"):
-            self._head.backward(tape, dy_category="logits")
-            if m.tied:
-                tape.alloc(s.V * s.E * FLOAT32)  # waits in the engine for the embedding's share of the gradient
+        if s.loss_chunk:
+            with tape.at("loss", "backward"):
+                ChunkedCrossEntropy(s).backward(tape)
+        else:
+            with tape.at("loss", "backward"):
+                CrossEntropy(s, s.N).backward(tape)
+            with tape.at("head", "backward"):
+                self._head.backward(tape, dy_categories=("logits",))
         with tape.at("norm", "backward"):
-            self._norm.backward(tape, dh_category=s.wire_category, residual=False)
-        with tape.repeat(m.layers, first=m.layers - 1, step=-1), tape.at(phase="backward"):
-            Block(m, s).backward(tape, "layers.*")
+            dh_category = ChunkedCrossEntropy(s).dh_category if s.loss_chunk else s.wire_category
+            self._norm.backward(tape, dh_category=dh_category, residual=False)
+        with tape.repeat(m.layers - 1, first=m.layers - 1, step=-1), tape.at(phase="backward"):
+            self._block.backward(tape, "layers.*")
+        with tape.at(phase="backward"):
+            self._block.backward(tape, "layers.0", rotary_bytes=0 if m.positions == "learned" else self.rotary_bytes)
         if m.positions == "learned":
             with tape.at("positions", "backward"):
-                table = s.S * s.E * FLOAT32
-                with tape.holding(table), tape.holding(table):
-                    tape.elementwise(s.N * s.E * s.c + 4 * table)
-        else:
-            with tape.at("layers.0.attention", "backward"):
-                tape.release(self.rotary_bytes)
+                table, rows = s.seq_len * s.E * FLOAT32, s.M // s.B * s.E * FLOAT32
+                with tape.holding(table), tape.holding(rows):
+                    tape.elementwise(s.M * s.E * s.c + 3 * table + rows)
         with tape.at("embedding", "backward"):
             Embedding(s).backward(tape)
-            if m.tied:
-                tape.free(s.V * s.E * FLOAT32)
 
     @property
     def rotary_bytes(self) -> int:
@@ -162,15 +186,20 @@ class Decoder:
 
     def _add_positions(self, tape: Tape) -> None:
         s = self.sizes
-        rows = s.S * s.E
+        rows = s.M // s.B * s.E
         if s.casts:
             tape.alloc(rows * FLOAT32)
         with tape.holding(rows * s.c):
             if s.casts:
                 tape.free(rows * FLOAT32)
-            tape.save(s.N * s.E * s.c)
-            tape.elementwise(2 * s.N * s.E * s.c + rows * (2 * FLOAT32 + s.c))
-        tape.free(s.N * s.E * s.c, s.wire_category)
+            tape.save(s.M * s.E * s.c)
+            tape.elementwise(2 * s.M * s.E * s.c + rows * (2 * FLOAT32 + s.c))
+        tape.free(s.M * s.E * s.c, s.wire_category)
+
+    @property
+    def _block(self) -> Block | RerunBlock:
+        block = Block(self.model, self.sizes)
+        return RerunBlock(block) if self.sizes.recompute == "full" else block
 
     @property
     def _norm(self) -> Norm:

@@ -47,6 +47,8 @@ class ParamSpec:
     """Global shape, without padding."""
     split: Split | None = None
     """How the tensor axis divides it; None where every rank of the axis holds all of it."""
+    summed_over: tuple[str, int] | None = None
+    """Axis and size of the group whose ranks all hold it whole but each see a part of the tokens that use it."""
     init: Init = "normal"
     """Kind of initial values."""
     std: float = 0.0
@@ -72,10 +74,11 @@ class ParamSpec:
     def partial_over(self) -> tuple[str, int] | None:
         """Axis and size of the group of ranks that hold the same part but see different gradients of it.
 
-        Ranks that share a key-value head each have the gradient of their own query heads only.
+        Ranks that share a key-value head each have the gradient of their own query heads only; under sequence
+        parallelism, each has that of its own part of the sequence for norms, row biases and learned positions.
         """
         if self.split is None or self.split.copies == 1:
-            return None
+            return self.summed_over
         return self.split.axis, self.split.copies
 
     def span(self, coordinate: int) -> tuple[int, int]:
@@ -99,6 +102,8 @@ def param_specs(model: Model, layout: Layout, seq_len: int) -> tuple[ParamSpec, 
     T, E, D = layout.tensor, model.d_model, model.head_dim
     std, out_std = 0.02, 0.02 / math.sqrt(2 * model.layers)
 
+    by_sequence = ("tensor", T) if T > 1 and layout.sequence_parallel else None
+
     def split(dim: int, parts: int = T) -> Split | None:
         return Split("tensor", T, dim, min(parts, T)) if T > 1 else None
 
@@ -107,20 +112,21 @@ def param_specs(model: Model, layout: Layout, seq_len: int) -> tuple[ParamSpec, 
         specs = [ParamSpec(f"{name}.weight", (out, into), split(dim, parts), std=std)]
         if model.bias:
             bias_split = split(0, parts) if dim == 0 else None
-            specs.append(ParamSpec(f"{name}.bias", (out,), bias_split, init="zeros", decay=False))
+            summed_over = by_sequence if dim == 1 else None
+            specs.append(ParamSpec(f"{name}.bias", (out,), bias_split, summed_over, init="zeros", decay=False))
         return specs
 
     def norm(name: str) -> list[ParamSpec]:
-        specs = [ParamSpec(f"{name}.weight", (E,), init="ones", decay=False)]
+        specs = [ParamSpec(f"{name}.weight", (E,), None, by_sequence, init="ones", decay=False)]
         if model.norm == "layernorm" and model.bias:
-            specs.append(ParamSpec(f"{name}.bias", (E,), init="zeros", decay=False))
+            specs.append(ParamSpec(f"{name}.bias", (E,), None, by_sequence, init="zeros", decay=False))
         return specs
 
     specs = []
     if model.block == "decoder":
         specs.append(ParamSpec("embedding.weight", (model.vocab_size, E), split(0), std=std))
         if model.positions == "learned":
-            specs.append(ParamSpec("positions.weight", (seq_len, E), std=std))
+            specs.append(ParamSpec("positions.weight", (seq_len, E), None, by_sequence, std=std))
     for i in range(model.layers):
         block = f"layers.{i}"
         if model.block == "ffn":

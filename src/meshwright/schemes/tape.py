@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from meshwright.account import Compute, Event, Issue, Memory, Repeat, Trace, Wait
 from meshwright.config.tree import Layout, Model, Training
@@ -17,6 +18,9 @@ FLOAT32 = 4
 INT64 = 8
 FLOAT64 = 8
 BOOL = 1
+
+KEPT_OUTSIDE = "kept outside"
+"""Category of what is saved by somebody outside of a region in which autograd keeps nothing."""
 
 ITEMSIZES = {"float32": 4, "bf16": 2}
 DTYPE_NAMES = {"float32": "float32", "bf16": "bfloat16"}
@@ -34,8 +38,8 @@ class Group:
 class Sizes:
     """What one rank computes on in one micro-batch.
 
-    B batch   S sequence   E d_model   F d_ff/T   H heads/T   K kv heads of this rank   D head_dim   V vocabulary/T
-    T tensor
+    B batch   S sequence/(R·U)   E d_model   F d_ff/T   H heads/T   K kv heads of this rank   D head_dim
+    V vocabulary/T   T tensor   U ulysses   R ring
     """
 
     B: int
@@ -51,14 +55,29 @@ class Sizes:
     """Compute precision."""
     device_kind: str
     """Kind of the job's device: cpu or cuda."""
+    seq_len: int
+    """Tokens of a whole sequence, without padding: rows of a learned position table."""
+    U: int = 1
+    R: int = 1
+    ring_rank: int = 0
+    """This rank's coordinate on the ring: which blocks it computes."""
+    ring_order: Literal["contiguous", "zigzag"] = "zigzag"
+    split: bool = False
+    """Whether norms and residuals are split along the sequence over the tensor axis (sequence parallelism)."""
+    recompute: str = "none"
+    """What backward computes again: none, selective or full."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at a time; 0 is all."""
+    documents: bool = False
+    """Whether attention stays within documents."""
 
     @classmethod
-    def of(cls, model: Model, layout: Layout, training: Training) -> Sizes:
-        """The sizes of a legal layout."""
+    def of(cls, model: Model, layout: Layout, training: Training, rank: int = 0) -> Sizes:
+        """The sizes of a legal layout, on one rank."""
         T = layout.tensor
         return cls(
             B=training.batch // (layout.batch_ranks * training.accumulation),
-            S=training.seq_len // (layout.ring * layout.ulysses),
+            S=layout.padded(training.seq_len) // (layout.ring * layout.ulysses),
             E=model.d_model,
             F=model.d_ff // T,
             H=model.heads // T,
@@ -68,12 +87,31 @@ class Sizes:
             T=T,
             precision=training.precision,
             device_kind=training.device,
+            seq_len=training.seq_len,
+            U=layout.ulysses,
+            R=layout.ring,
+            ring_rank=layout.coordinates(rank)["ring"],
+            ring_order=layout.ring_order,
+            split=layout.sequence_parallel and T > 1,
+            recompute=layout.recompute,
+            loss_chunk=training.loss_chunk,
+            documents=training.documents == "separate",
         )
 
     @property
     def N(self) -> int:
-        """Tokens."""
+        """Tokens inside tensor-parallel regions."""
         return self.B * self.S
+
+    @property
+    def M(self) -> int:
+        """Tokens outside of them, in norms and the residual stream."""
+        return self.N // self.T if self.split else self.N
+
+    @property
+    def exchanged(self) -> Sizes:
+        """Inside attention, where ulysses has exchanged the sequence for heads."""
+        return replace(self, S=self.S * self.U, H=self.H // self.U, K=max(1, self.K // self.U), U=1)
 
     @property
     def c(self) -> int:
@@ -96,8 +134,18 @@ class Sizes:
         return Group("tensor", self.T)
 
     @property
+    def ulysses(self) -> Group:
+        """The ulysses axis."""
+        return Group("ulysses", self.U)
+
+    @property
+    def ring(self) -> Group:
+        """The ring axis."""
+        return Group("ring", self.R)
+
+    @property
     def wire_category(self) -> str:
-        """Category of a result that the tensor axis sums in place and nobody saves."""
+        """Category of what leaves a tensor-parallel region, where nobody saves it."""
         return "communication_buffers" if self.T > 1 else "temporaries"
 
 
@@ -109,6 +157,8 @@ class Tape:
         self._phase = "forward"
         self._site = ""
         self._ticket = 0
+        self.keeps = True
+        """Whether autograd keeps what is saved."""
 
     def trace(self) -> Trace:
         """What was written."""
@@ -130,19 +180,36 @@ class Tape:
         outer.append(Repeat(times, tuple(self._events), first, step))
         self._events = outer
 
+    @contextmanager
+    def keeping_nothing(self) -> Iterator[None]:
+        """Forward of a region that backward will compute again: autograd keeps nothing of what is inside."""
+        outer, self.keeps = self.keeps, False
+        yield
+        self.keeps = outer
+
     # --- memory ---
 
     def alloc(self, nbytes: int, category: str = "temporaries") -> None:
-        """A storage appears."""
-        self._events.append(Memory(category, nbytes, self._phase, self._site))
+        """A storage appears. What would be saved is temporary where autograd keeps nothing."""
+        self._events.append(Memory(self._category(category), nbytes, self._phase, self._site))
 
     def free(self, nbytes: int, category: str = "temporaries") -> None:
         """A storage goes."""
-        self._events.append(Memory(category, -nbytes, self._phase, self._site))
+        self._events.append(Memory(self._category(category), -nbytes, self._phase, self._site))
+
+    def _category(self, category: str) -> str:
+        if category == KEPT_OUTSIDE:
+            return "saved_activations"
+        return "temporaries" if category == "saved_activations" and not self.keeps else category
 
     def save(self, nbytes: int) -> None:
         """A storage appears that autograd keeps for backward."""
         self.alloc(nbytes, "saved_activations")
+
+    def drop(self, nbytes: int, category: str = "temporaries") -> None:
+        """The program lets go of what autograd may keep: freed, if it does not."""
+        if not self.keeps:
+            self.free(nbytes, category)
 
     def release(self, nbytes: int) -> None:
         """Autograd lets go of it."""
@@ -174,9 +241,10 @@ class Tape:
 
     def all_reduce(self, group: Group, dtype: str, payload_bytes: int) -> int:
         """Sum in place over a group. Returns the ticket to `wait` for."""
-        return self._issue("all_reduce", group, dtype, payload_bytes)
+        return self.issue("all_reduce", group, dtype, payload_bytes)
 
-    def _issue(self, operation: str, group: Group, dtype: str, payload_bytes: int) -> int:
+    def issue(self, operation: str, group: Group, dtype: str, payload_bytes: int) -> int:
+        """Put any collective on the wire. Returns the ticket to `wait` for."""
         if group.size == 1:
             return 0
         self._ticket += 1

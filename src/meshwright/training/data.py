@@ -32,8 +32,8 @@ import torch
 
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
-from meshwright.parallel.tensor import IGNORE
-from meshwright.training.shard import local_sequences
+from meshwright.parallel.loss import IGNORE
+from meshwright.training.shard import local_sequences, split_sequences
 from meshwright.training.step import Batch
 
 HELDOUT_PERCENT = 5
@@ -107,6 +107,12 @@ class Corpus:
             parts.append(part)
             start, count, index = start + len(part), count - len(part), index + 1
         return np.concatenate(parts)
+
+    def document_starts(self, start: int, count: int) -> np.ndarray:
+        """For each byte from `start`, where its file begins, counted from `start`; 0 for what began before."""
+        offsets = np.arange(start, start + count)
+        begins = np.concatenate([[0], np.asarray(self.ends, dtype=np.int64)])
+        return np.maximum(begins[np.searchsorted(begins, offsets, side="right") - 1] - start, 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -199,9 +205,15 @@ class Text:
         seq_len = self.job.training.seq_len
         rows = np.stack([np.stack([self.corpus.read(start, seq_len + 1) for start in micro]) for micro in starts])
         text = torch.from_numpy(rows).to(device, torch.int64)
-        positions = torch.arange(seq_len, device=device)
-        # Copies: of a single sequence, both slices are contiguous views of one storage.
-        return Batch(text[..., :-1].clone(), text[..., 1:].clone(), positions)
+        tokens, labels, first = text[..., :-1], text[..., 1:], None
+        if self.job.training.documents == "separate":
+            begins = np.stack(
+                [np.stack([self.corpus.document_starts(s, seq_len + 1) for s in micro]) for micro in starts]
+            )
+            first = torch.from_numpy(begins).to(device)
+            labels = labels.masked_fill(first[..., 1:] != first[..., :-1], IGNORE)  # no document predicts the next one
+            first = first[..., :-1]
+        return split_sequences(tokens, labels, self.job, self.job.layout.coordinates(self.rank), first)
 
 
 def _draw(seed: int, step: int, sample: int) -> int:

@@ -24,15 +24,26 @@ def resolve_device(job: Job, *, planning: bool, local_ranks: int | None = None) 
 
     `auto` becomes, for planning, the kind of the cluster's device (a TPU is accounted for like a GPU); for running,
     CUDA if each of the `local_ranks` on this host (default: all ranks) has a GPU, else the CPU. Raises UserError where
-    a run asks for CUDA and this host has too few GPUs. Planning does not import torch.
+    a run asks for CUDA and this host has too few GPUs, or for a mask that no kernel of the device takes. Planning does
+    not import torch.
     """
+    job = _resolved(job, planning, local_ranks or job.layout.world)
+    if job.training.documents == "separate" and job.training.device != "cpu":
+        raise UserError(
+            "training.documents = separate needs training.device = cpu (no attention kernel for GPUs takes its mask "
+            "yet): use training.documents joined, or training.device cpu"
+        )
+    return job
+
+
+def _resolved(job: Job, planning: bool, ranks: int) -> Job:
     asked = job.training.device
     if planning:
         planned: Literal["cpu", "cuda"] = "cpu" if job.cluster.device.kind == "cpu" else "cuda"
         return _with_device(job, planned if asked == "auto" else asked)
     if asked == "cpu":
         return job
-    ranks, gpus = local_ranks or job.layout.world, _num_gpus()
+    gpus = _num_gpus()
     if asked == "auto":
         return _with_device(job, "cuda" if gpus >= ranks else "cpu")
     if gpus < ranks:

@@ -14,7 +14,7 @@ from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
 from meshwright.model.decoder import Norm
-from meshwright.parallel.tensor import IGNORE
+from meshwright.parallel.loss import IGNORE
 from meshwright.training.data import Text
 from meshwright.training.group import from_rank_0, joined
 from meshwright.training.process import Place, leave_if_asked
@@ -93,7 +93,9 @@ def evaluate(state: State, text: Text, world: World) -> float:
     """Mean token loss over the held-out sequences, in nats: the same for every layout. Collective."""
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     for batch in text.heldout(world.device):
-        totals[0] += state.model(batch.tokens[0], batch.labels[0], batch.positions)
+        totals[0] += state.model(
+            batch.tokens[0], batch.labels[0], batch.positions, None if batch.first is None else batch.first[0]
+        )
         totals[1] += (batch.labels != IGNORE).sum()
     total, count = world.gradient_axis.all_reduce(totals, site="heldout", phase="control").wait().tolist()
     return total / count

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meshwright.account import StepAccount, Timeline
 from meshwright.config.tree import Job
-from meshwright.planner.estimate import mfu
+from meshwright.planner.estimate import mfu, model_flops
 from meshwright.training import agreement, metrics
 from meshwright.training.device import known_device
 from meshwright.training.metrics import MetricsFile, StepMetrics
@@ -43,6 +43,7 @@ class Report:
     def __post_init__(self) -> None:
         self._file = MetricsFile(self.folder.metrics_file)
         self._catalog_device = known_device() if self.device.type == "cuda" else None
+        self._model_flops = model_flops(self.job)
         self._console = Console(highlight=False, soft_wrap=True)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -96,9 +97,7 @@ class Report:
         return statistics.median(self._seconds[2:] or self._seconds)
 
     def _mfu(self, seconds: float) -> float | None:
-        if self.run is None:
-            return None
-        return mfu(self.run.work, seconds, self._catalog_device, self.job.training.precision)
+        return mfu(self._model_flops, seconds, self._catalog_device, self.job.training.precision)
 
     def _say(self, *lines: str) -> None:
         for line in lines:

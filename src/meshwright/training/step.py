@@ -18,7 +18,7 @@ from meshwright.comm.scope import scope
 from meshwright.config.tree import Job
 from meshwright.model.build import build, specs_of
 from meshwright.model.decoder import Decoder
-from meshwright.parallel.tensor import IGNORE
+from meshwright.parallel.loss import IGNORE
 from meshwright.schemes.params import ParamSpec
 from meshwright.training import gradients
 
@@ -31,11 +31,14 @@ class Batch(NamedTuple):
     tokens    [A, B, S] int64
     labels    [A, B, S] int64, the next token or `IGNORE`
     positions [S] int64, global
+    first     [A, B, U·S] int64, where documents are separate: the global position at which the document of each token
+              begins that this rank attends for, once ulysses has exchanged sequence for heads; else None
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+    first: torch.Tensor | None = None
 
 
 class StepResult(NamedTuple):
@@ -60,6 +63,8 @@ class State:
         model = build(job, world, float64=float64, materialise=materialise)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+        if job.model.tied:
+            model.head.weight.grad = model.embedding.weight.grad
         for spec in (specs := specs_of(job)):
             if spec.partial_over is not None:
                 world.neighbours(*spec.partial_over)  # make the groups now: inside a step it would be too late
@@ -105,8 +110,9 @@ def forward_backward(state: State, batch: Batch, world: World) -> torch.Tensor:
         one_over_count = 1.0 / count.to(torch.float64)
     with scope(STEP_SITE, "backward"):
         torch._foreach_zero_([p.grad for p in state.model.parameters()])  # type: ignore[misc]  # all have one
-    for tokens_BS, labels_BS in zip(batch.tokens, batch.labels, strict=True):
-        loss = state.model(tokens_BS, labels_BS, batch.positions)
+    firsts = [None] * len(batch.tokens) if batch.first is None else batch.first
+    for tokens_BS, labels_BS, first_BS in zip(batch.tokens, batch.labels, firsts, strict=True):
+        loss = state.model(tokens_BS, labels_BS, batch.positions, first_BS)
         loss.backward(one_over_count)
         total += loss.detach()
         del loss

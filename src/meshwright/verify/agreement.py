@@ -1,4 +1,4 @@
-"""The agreement matrix: formula = rehearsal = run, on every rank, over models, layouts, precisions and accumulation.
+"""The agreement matrix: formula = rehearsal = run, on every rank, over models, layouts, precisions and options.
 
 `check` is the whole claim for one case: ledgers equal row for row, FLOPs of matmul and attention equal, categories of
 the footprint equal to the byte, and the peak of the run witnessed by torch's own profiler.
@@ -6,124 +6,51 @@ the footprint equal to the byte, and the peak of the run witnessed by torch's ow
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from meshwright.account import PEAK_TOLERANCE, Difference, StepAccount, diff
-from meshwright.comm import scope
+from meshwright.comm import scope, torch_private
 from meshwright.comm.mesh import World
 from meshwright.comm.ranks import Ranks
-from meshwright.config.tree import Job, Layout, Model, Training
+from meshwright.config.tree import Job
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
-from meshwright.training.shard import shard_batch
 from meshwright.training.step import Batch, State, audited_step, step
-from meshwright.verify.observe import global_batch
-
-# Narrow models have four layers: the few kilobytes in which oneDNN reorders a bf16 operand, seen by the profiler alone,
-# must be small beside the model.
-MODELS = {
-    "grouped_query": Model(layers=2, d_model=64, d_ff=96, heads=8, kv_heads=4, head_dim=8, vocab_size=64),
-    "kv_heads_below_tensor": Model(layers=4, d_model=32, d_ff=64, heads=4, kv_heads=1, head_dim=8, vocab_size=48),
-    "tied": Model(layers=4, d_model=32, d_ff=96, heads=4, kv_heads=4, head_dim=8, vocab_size=64, tied=True),
-    "layernorm_bias_learned": Model(
-        layers=4,
-        d_model=32,
-        d_ff=128,
-        heads=4,
-        kv_heads=4,
-        head_dim=8,
-        vocab_size=64,
-        norm="layernorm",
-        bias=True,
-        positions="learned",
-        mlp="gelu",
-    ),
-    "odd_vocabulary": Model(layers=4, d_model=32, d_ff=64, heads=4, kv_heads=2, head_dim=8, vocab_size=61),
-}
-
-LAYOUTS = {
-    "1": Layout(),
-    "replicate 2": Layout(replicate=2),
-    "tensor 2": Layout(tensor=2),
-    "replicate 2 × tensor 2": Layout(replicate=2, tensor=2),
-    "tensor 4": Layout(tensor=4),
-    "replicate 4": Layout(replicate=4),
-}
+from meshwright.verify.matrix import AnyCase
+from meshwright.verify.observe import own_batch
 
 PROFILED_STEPS = 3
 """The profiler sees only this thread's frees: what gloo's thread frees stays in its sum. So its error has one sign,
 and the lowest of several steps is the best witness."""
-
-Precision = Literal["float32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
-ACCUMULATIONS = (1, 2)
-
-
-class Case(NamedTuple):
-    """One cell of the matrix, by the names of its options."""
-
-    model: str
-    layout: str
-    precision: Precision
-    accumulation: int
-
-    @property
-    def job(self) -> Job:
-        """The job it stands for."""
-        training = Training(batch=8, seq_len=16, precision=self.precision, accumulation=self.accumulation, device="cpu")
-        return Job(name=str(self), model=MODELS[self.model], layout=LAYOUTS[self.layout], training=training)
-
-    def __str__(self) -> str:
-        return f"{self.model}, {self.layout}, {self.precision}, accumulation {self.accumulation}"
-
-
-def all_cases() -> list[Case]:
-    """The whole matrix."""
-    return [Case(*options) for options in itertools.product(MODELS, LAYOUTS, PRECISIONS, ACCUMULATIONS)]
-
-
-def covering_cases(at_least: int = 0) -> list[Case]:
-    """A fixed selection in which every pair of option values occurs; greedy, then filled up to a number of cases."""
-    cases, chosen = all_cases(), []
-    missing = {pair for case in cases for pair in _pairs(case)}
-    while missing:
-        best = max(cases, key=lambda case: len(missing & _pairs(case)))
-        chosen.append(best)
-        missing -= _pairs(best)
-    others = [case for case in cases if case not in chosen]
-    wanted = max(0, at_least - len(chosen))
-    return chosen + others[:: max(1, len(others) // wanted)][:wanted] if wanted else chosen
-
-
-def _pairs(case: Case) -> set[tuple[tuple[str, object], ...]]:
-    return set(itertools.combinations(zip(Case._fields, case, strict=True), 2))
 
 
 @dataclass(frozen=True)
 class Agreement:
     """What a case showed. Differences carry the rank and which two sources differ."""
 
-    case: Case
+    case: AnyCase
     ledger_rows: int
     peak_bytes: int
     differences: tuple[tuple[int, str, Difference], ...]
-    profiler_peaks: tuple[int, ...]
+    profiler_peaks: tuple[int | None, ...]
+    """None where the profiler was not asked."""
     run_peaks: tuple[int, ...]
 
     @property
     def witnessed(self) -> bool:
         """Whether the profiler saw the run's peak, within the tolerance, on every rank."""
         pairs = zip(self.profiler_peaks, self.run_peaks, strict=True)
-        return all(abs(seen - counted) <= PEAK_TOLERANCE * seen for seen, counted in pairs)
+        return all(seen is None or abs(seen - counted) <= PEAK_TOLERANCE * seen for seen, counted in pairs)
 
     @property
     def agrees(self) -> bool:
@@ -142,16 +69,20 @@ class Agreement:
         }
 
 
-def check(case: Case, ranks: Ranks) -> Agreement:
-    """Plan, rehearse and run a case, on every rank."""
+def check(case: AnyCase, ranks: Ranks, *, thorough: bool = True) -> Agreement:
+    """Plan, rehearse and run a case. Formula and run are compared on every rank.
+
+    `thorough` rehearses every rank, not only the first and the last, and lets the profiler witness the peaks.
+    """
     job = case.job
-    planned = formula(job)
-    runs, witnessed = zip(*ranks.run(run_case, job), strict=True)
+    runs, witnessed = zip(*ranks.run(run_case, job, thorough), strict=True)
     differences = []
     for rank, run in enumerate(runs):
-        rehearsed = rehearse_job(job, rank)
-        differences += [(rank, "formula, rehearsal", d) for d in differences_of(planned, rehearsed)]
-        differences += [(rank, "rehearsal, run", d) for d in differences_of(rehearsed, run)]
+        planned = formula(job, rank)
+        differences += [(rank, "formula, run", d) for d in differences_of(planned, run)]
+        if thorough or rank in (0, len(runs) - 1):
+            rehearsed = rehearse_job(job, rank)
+            differences += [(rank, "formula, rehearsal", d) for d in differences_of(planned, rehearsed)]
     peaks = tuple(run.footprint.peak for run in runs)
     return Agreement(case, len(planned.ledger.rows), planned.footprint.peak, tuple(differences), witnessed, peaks)
 
@@ -165,20 +96,24 @@ def differences_of(a: StepAccount, b: StepAccount) -> Iterator[Difference]:
             yield Difference("footprint", {"category": category, "exact": True}, first, second)
 
 
-def run_case(job: Job) -> tuple[StepAccount, int]:
-    """On each rank: the account of a second step, and the peak that torch's profiler saw in later ones."""
+def run_case(job: Job, profiled: bool) -> tuple[StepAccount, int | None]:
+    """On each rank: the account of a second step, and the peak that torch's profiler saw in later ones, if asked."""
     world = World.create(job.layout, torch.device("cpu"))
     state = State.create(job, world)
-    batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
+    batch = own_batch(job, world.rank)
     step(state, batch, world)
     _, account = audited_step(state, batch, world)
+    if not profiled:
+        return account, None
     return account, min(profiled_peak(state, batch, world) for _ in range(PROFILED_STEPS))
 
 
 def profiled_peak(state: State, batch: Batch, world: World) -> int:
     """Peak bytes of one step by torch.profiler's memory events, on top of what is there before it."""
-    before = sum(t.untyped_storage().nbytes() for t in (*batch, *_persistent(state)))
-    with scope.observe(_Onlooker()), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    before = sum(t.untyped_storage().nbytes() for t in (*batch, *_persistent(state)) if t is not None)
+    lean = mock.patch.multiple(torch_private, all_gather_into=_gather_in_place, reduce_scatter_into=_scatter_in_place)
+    observed = scope.observe(_Onlooker())
+    with lean, observed, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(state, batch, world)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
@@ -192,6 +127,27 @@ def profiled_peak(state: State, batch: Batch, world: World) -> int:
     return before + peak
 
 
+def _gather_in_place(gathered: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> dist.Work:
+    """An all-gather without the copies that gloo makes of whole tensors, which the profiler would see."""
+    own = gathered.zero_().chunk(group.size())[group.rank()]
+    own.copy_(part)
+    return _summed(gathered, group)
+
+
+def _scatter_in_place(part: torch.Tensor, parts: torch.Tensor, group: Any, async_op: bool) -> dist.Work:
+    """A reduce-scatter without the copies that gloo makes of whole tensors."""
+    work = _summed(parts, group)
+    part.copy_(parts.chunk(group.size())[group.rank()])
+    return work
+
+
+def _summed(tensor: torch.Tensor, group: Any) -> dist.Work:
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    work.wait()
+    return work
+
+
 class _Onlooker:
     """Makes collectives let go of their tensors on this thread, the only one whose frees the profiler sees."""
 
@@ -200,7 +156,8 @@ class _Onlooker:
 
 
 def _persistent(state: State) -> Iterator[torch.Tensor]:
-    for parameter in state.model.parameters():
+    for spec in state.specs:
+        parameter = state.model.get_parameter(spec.name)
         assert parameter.grad is not None
         yield parameter
         yield parameter.grad

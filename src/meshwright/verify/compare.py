@@ -18,7 +18,7 @@ from meshwright.account import Difference, StepAccount, diff_ledgers
 from meshwright.config.tree import Job, Layout
 from meshwright.model.build import assemble, specs_of
 from meshwright.schemes.params import ParamSpec
-from meshwright.training.shard import local_sequences
+from meshwright.training.shard import local_positions, local_sequences
 from meshwright.verify.observe import Observation
 from meshwright.verify.probes import Direction
 from meshwright.verify.report import FirstDifference, GradientReport, VerifyReport
@@ -27,7 +27,8 @@ FACTOR = 4.0
 FLOOR = 2.0**-22
 
 _UNIT_ROUNDOFF = {"float32": 2.0**-24, "bf16": 2.0**-9}
-_SPLIT_OVER_VOCABULARY = {("activation", "head"), ("gradient", "loss")}
+_OF_LOGITS = {("activation", "head"), ("gradient", "loss")}
+"""Probes that are split over the vocabulary, and never along the sequence over the tensor axis."""
 
 
 @dataclass(frozen=True)
@@ -184,16 +185,31 @@ def _probe_error(
     if len(own) != len(exact):
         return math.inf
     per_micro_batch = job.training.batch // job.training.accumulation
+    held, columns = _own_tokens(key, job, run.coordinates)
     worst = 0.0
     for a, sequences in enumerate(local_sequences(job, run.coordinates)):
         rows = slice(sequences.start - a * per_micro_batch, sequences.stop - a * per_micro_batch)
-        probe, p64, p1 = own[a].cpu(), exact[a][rows], same[a][rows]
-        if key in _SPLIT_OVER_VOCABULARY:
+        probe, p64, p1 = own[a].cpu()[:, held], exact[a][rows, columns], same[a][rows, columns]
+        if _is_of_logits(key, job):
             start, end = _own_columns(job, run.coordinates["tensor"])
             probe, p64, p1 = probe[..., : end - start], p64[..., start:end], p1[..., start:end]
         allowed = FACTOR * _norm(p1.double() - p64) + FLOOR * _norm(p64)
         worst = max(worst, _excess(_norm(probe.double() - p64), allowed))
     return worst
+
+
+def _own_tokens(key: tuple[Direction, str], job: Job, coordinates: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens of a rank's probe are not padding, and their positions in the sequence."""
+    layout, seq_len = job.layout, job.training.seq_len
+    positions = local_positions(layout, seq_len, coordinates)
+    if layout.sequence_parallel and not _is_of_logits(key, job):
+        positions = positions.chunk(layout.tensor)[coordinates["tensor"]]
+    held = torch.nonzero(positions < seq_len).flatten()
+    return held, positions[held]
+
+
+def _is_of_logits(key: tuple[Direction, str], job: Job) -> bool:
+    return key in _OF_LOGITS and not job.training.loss_chunk  # in chunks, the loss is given the head's input
 
 
 def _own_columns(job: Job, coordinate: int) -> tuple[int, int]:

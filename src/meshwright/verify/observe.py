@@ -12,7 +12,7 @@ from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.model.build import local_part
 from meshwright.model.decoder import Decoder
-from meshwright.parallel.tensor import IGNORE
+from meshwright.parallel.loss import IGNORE
 from meshwright.schemes.params import ParamSpec
 from meshwright.training.shard import shard_batch
 from meshwright.training.step import Batch, State, audited_step, forward_backward, step
@@ -40,7 +40,7 @@ def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
     """
     world = World.create(job.layout, torch.device("cpu"))
     state = _prepare(job, world, instrument)
-    batch = shard_batch(*global_batch(job), job, job.layout.coordinates(world.rank))
+    batch = own_batch(job, world.rank)
     observation = _observe(state, batch, world)
     step(state, batch, world)
     _, observation.account = audited_step(state, batch, world)
@@ -51,7 +51,7 @@ def observe_reference(job: Job, *, float64: bool) -> Observation:
     """One device in this process, in float64 or in the run's precision."""
     world = World.single(torch.device("cpu"))
     state = _prepare(job, world, None, float64=float64)
-    batch = shard_batch(*global_batch(job), job, job.layout.coordinates(0))
+    batch = own_batch(job, 0)
     return _observe(state, batch, world)
 
 
@@ -82,6 +82,22 @@ def randomise(model: Decoder, specs: tuple[ParamSpec, ...], world: World) -> Non
                 generator = torch.Generator().manual_seed(spec.seed(0))
                 full = torch.empty(spec.shape).normal_(std=0.2, generator=generator) + float(spec.init == "ones")
                 model.get_parameter(spec.name).copy_(local_part(full, spec, world))
+
+
+def own_batch(job: Job, rank: int) -> Batch:
+    """A rank's part of the global batch."""
+    return shard_batch(*global_batch(job), job, job.layout.coordinates(rank), document_starts(job))
+
+
+def document_starts(job: Job) -> torch.Tensor | None:
+    """[batch, seq_len]: documents of other lengths in each sequence, some of one token; None if they are joined."""
+    if job.training.documents == "joined":
+        return None
+    positions = torch.arange(job.training.seq_len)
+    starts = [
+        torch.where(positions * (b + 2) % 7 == 0, positions, 0).cummax(0).values for b in range(job.training.batch)
+    ]
+    return torch.stack(starts)
 
 
 def global_batch(job: Job) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from meshwright.comm.scope import current
 from meshwright.model.decoder import Decoder
 
 Direction = Literal["activation", "gradient"]
@@ -53,7 +54,8 @@ def _owns_a_forward(module: nn.Module) -> bool:
 
 def _watch_input(probes: Probes, name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(args[0], torch.Tensor) and args[0].requires_grad:
+        # Not where nothing is kept: what is computed again in backward is watched then.
+        if torch.is_grad_enabled() and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
             args[0].register_hook(lambda gradient: probes.add("gradient", name, gradient))
 
     return hook
@@ -61,6 +63,7 @@ def _watch_input(probes: Probes, name: str) -> Any:
 
 def _keep_output(probes: Probes, name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        probes.add("activation", name, output[0] if isinstance(output, tuple) else output)
+        if current().phase != "recompute":  # there is one probe a micro-batch: the first pass's
+            probes.add("activation", name, output[0] if isinstance(output, tuple) else output)
 
     return hook

@@ -1,0 +1,223 @@
+"""Attention on one device by formula: one call of a fused kernel, whole or as a block of a ring. `kernels.attention`.
+
+A kernel keeps q, k, v, out and one float32 a head and row, never a score matrix. Its backward makes the scores again:
+five products of the size of the score matrix against two forward, a masked half included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from meshwright.schemes.tape import BOOL, FLOAT32, INT64, Sizes, Tape
+
+Kernel = Literal["flash_for_cpu", "flash", "efficient"]
+"""The fused kernels behind torch's scaled-dot-product attention."""
+
+
+def attention_kernel(device_kind: str, *, half: bool) -> Kernel:
+    """The kernel for a device and a compute dtype of two bytes or more: CUDA's flash has no float32."""
+    if device_kind == "cpu":
+        return "flash_for_cpu"
+    return "flash" if half else "efficient"
+
+
+QUERY_TILE = 128
+"""Queries for which the mask of separate documents exists at a time."""
+
+EFFICIENT_ROWS = 32
+"""The efficient kernel fills the rows of its log-sum-exp up to a multiple of this."""
+
+
+def expands_heads(kernel: Kernel, heads: int, kv_heads: int) -> bool:
+    """Whether a kernel needs keys and values repeated for each query head: only CUDA's flash shares them."""
+    return kernel != "flash" and heads != kv_heads
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """One call of a fused kernel: `queries` rows of q [B, S, H, D] against `keys` rows of k and v [B, S, K, D]."""
+
+    sizes: Sizes
+    queries: int
+    keys: int
+
+    @property
+    def kernel(self) -> Kernel:
+        """Which kernel runs."""
+        return attention_kernel(self.sizes.device_kind, half=self.sizes.casts)
+
+    @property
+    def expands(self) -> bool:
+        """Whether keys and values are repeated for each query head."""
+        return expands_heads(self.kernel, self.sizes.H, self.sizes.K)
+
+    @property
+    def q_bytes(self) -> int:
+        """Bytes of q, and of out."""
+        return self.sizes.B * self.queries * self.sizes.H * self.sizes.D * self.sizes.c
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of k, and of v."""
+        return self.sizes.B * self.keys * self.sizes.K * self.sizes.D * self.sizes.c
+
+    @property
+    def read_kv_bytes(self) -> int:
+        """Bytes of k, and of v, as the kernel reads them."""
+        return self.kv_bytes * (self.sizes.H // self.sizes.K if self.expands else 1)
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes of an expanded k, and of v; one head is repeated by its stride alone, without a copy."""
+        return self.read_kv_bytes if self.expands and self.sizes.K > 1 else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one float32 a query and head."""
+        return self.sizes.B * self.queries * self.sizes.H * FLOAT32
+
+    @property
+    def lse_bytes(self) -> int:
+        """Bytes of the log-sum-exp; the efficient kernel fills its rows up."""
+        rows = EFFICIENT_ROWS if self.kernel == "efficient" else 1
+        return self.row_bytes // self.queries * (-(-self.queries // rows) * rows)
+
+    @property
+    def random_bytes(self) -> int:
+        """Bytes of the kernel's random state."""
+        return {"flash_for_cpu": 0, "flash": 24, "efficient": 16}[self.kernel]
+
+    def flops(self, products: int) -> int:
+        """FLOPs of so many products of the size of the score matrix, a masked half included."""
+        s = self.sizes
+        return 2 * products * s.B * s.H * self.queries * self.keys * s.D
+
+    def forward(self, tape: Tape, out_category: str, statistics_category: str) -> None:
+        """Makes out, and log-sum-exp and random state."""
+        with tape.holding(2 * self.expanded_bytes):
+            tape.alloc(self.q_bytes, out_category)
+            tape.alloc(self.lse_bytes + self.random_bytes, statistics_category)
+            if self.sizes.documents:
+                self._by_tiles(tape, _Tile.forward)
+                return
+            tape.attention(self.flops(2), 2 * self.q_bytes + 2 * self.read_kv_bytes + self.lse_bytes)
+
+    def backward(self, tape: Tape, copied_bytes: int = 0) -> None:
+        """Makes dq, dk, dv; `copied_bytes` of log-sum-exp are laid out anew for the kernel."""
+        if self.sizes.documents:
+            self._backward_by_tiles(tape)
+            return
+        with tape.holding(2 * self.expanded_bytes):
+            with tape.holding(copied_bytes):
+                tape.alloc(self.q_bytes + 2 * self.read_kv_bytes)
+            tape.attention(self.flops(5), 4 * self.q_bytes + 4 * self.read_kv_bytes + self.lse_bytes)
+            if self.expands:
+                tape.alloc(2 * self.kv_bytes)
+                tape.free(2 * self.read_kv_bytes)
+
+    # --- with a mask of documents: `kernels.visible` ---
+
+    def _by_tiles(self, tape: Tape, write: Callable[[_Tile, Tape], None]) -> None:
+        tiles, rest = divmod(self.queries, QUERY_TILE)
+        with tape.repeat(tiles):
+            write(_Tile(replace(self, queries=QUERY_TILE)), tape)
+        if rest:
+            write(_Tile(replace(self, queries=rest)), tape)
+
+    def _backward_by_tiles(self, tape: Tape) -> None:
+        s = self.sizes
+        kv = s.B * self.keys * s.H * s.D * FLOAT32
+        with tape.holding(2 * self.expanded_bytes):
+            tape.alloc(self.q_bytes + 2 * kv)
+            self._by_tiles(tape, _Tile.backward)
+            for _ in range(2):
+                if s.H != s.K:
+                    tape.alloc(kv // s.H * s.K)
+                if s.casts:
+                    tape.alloc(self.kv_bytes)
+                    if s.H != s.K:
+                        tape.free(kv // s.H * s.K)
+            tape.free(2 * kv if s.casts or s.H != s.K else 0)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some queries against all keys of a block, under a mask of their own."""
+
+    kernel: AttentionKernel
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of the mask, in the compute dtype."""
+        return self._num_scores * self.kernel.sizes.c
+
+    @property
+    def _num_scores(self) -> int:
+        return self.kernel.sizes.B * self.kernel.queries * self.kernel.keys
+
+    def _mask(self, tape: Tape) -> None:
+        """Makes the mask, and which rows are empty."""
+        k = self.kernel
+        with tape.holding(self._num_scores * BOOL):
+            with tape.holding(k.queries * k.keys * BOOL):
+                pass
+            tape.alloc(self.mask_bytes)
+            with tape.holding(self._num_scores * BOOL):
+                tape.elementwise(2 * self.mask_bytes)
+            tape.alloc(k.sizes.B * k.queries * BOOL)
+
+    def forward(self, tape: Tape) -> None:
+        """Makes the tile's output and log-sum-exp, and copies them into the whole."""
+        k = self.kernel
+        self._mask(tape)
+        with tape.holding(k.q_bytes + k.row_bytes):
+            tape.attention(k.flops(2), 2 * k.q_bytes + 2 * k.read_kv_bytes + k.row_bytes)
+        tape.free(self.mask_bytes + k.sizes.B * k.queries * BOOL)
+
+    def backward(self, tape: Tape) -> None:
+        """Makes the tile's gradients, and adds them to the whole."""
+        k = self.kernel
+        self._mask(tape)
+        tape.free(k.sizes.B * k.queries * BOOL)
+        with tape.holding(k.q_bytes + 2 * k.read_kv_bytes):
+            tape.attention(k.flops(5), 4 * k.q_bytes + 4 * k.read_kv_bytes + k.row_bytes)
+        tape.free(self.mask_bytes)
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """softmax(q kᵀ/√D) v by a fused kernel. Keeps q, k, v, out and one float32 a head and row: no score matrix."""
+
+    sizes: Sizes
+
+    @property
+    def whole(self) -> AttentionKernel:
+        """Its one kernel call."""
+        return AttentionKernel(self.sizes, self.sizes.S, self.sizes.S)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """What it keeps beside q, k, v and out."""
+        return self.whole.lse_bytes + self.whole.random_bytes
+
+    @property
+    def dkv_category(self) -> str:
+        """Category of dk and dv."""
+        return "temporaries"
+
+    def forward(self, tape: Tape, out_category: str, statistics_category: str) -> None:
+        """Makes out and the statistics, from q, k and v."""
+        with tape.holding(self._positions_bytes):
+            self.whole.forward(tape, out_category, statistics_category)
+
+    def backward(self, tape: Tape) -> None:
+        """Makes dq, dk, dv."""
+        with tape.holding(self._positions_bytes):
+            self.whole.backward(tape)
+
+    @property
+    def _positions_bytes(self) -> int:
+        """Positions, of which the mask of documents is made."""
+        return self.sizes.S * INT64 if self.sizes.documents else 0
