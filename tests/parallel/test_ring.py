@@ -329,12 +329,12 @@ def test_merged(monkeypatch, name, dtype, filled_rows):
     masks = iter([mask for _, mask in shown])
     accumulated = torch.promote_types(dtype, torch.float32)
 
-    def block_of(q, k, v, kernel, *, causal):
+    def block_of(q, k, v, kernel, *, causal, visible):
         out, lse = masked_block(q, k, v, next(masks)[ROWS - q.shape[1] :])
         return out.to(dtype), F.pad(lse.to(accumulated), (0, filled_rows), value=torch.nan), ()
 
     monkeypatch.setattr(ring, "attention_forward", block_of)
-    merged = ring._Merged(q, Schedule(0, 1, ((0, 1),), ()), KERNEL)
+    merged = ring._Merged(q, ring._Blocks(Schedule(0, 1, ((0, 1),), ()), q.shape[1], None), KERNEL)
     for (block, _), *held in zip(shown, keys.split(ROWS, 1), values.split(ROWS, 1), strict=True):
         merged.attend(Step(0, (block,), 0, 0), tuple(held))
     out, lse, _ = merged.result()

@@ -214,7 +214,7 @@ class Recorder(torch_private.TorchDispatchMode):
             storage = self._see(tensor, phase, site)
             storage.categories.add("communication_buffers")
             self._tickets[torch_private.storage_key(tensor.untyped_storage())] = self._num_issued
-        group = axis_name(call.group), call.group.size()
+        group = scope.current().axis or axis_name(call.group), call.group.size()
         row = (call.operation, *group, call.dtype, call.payload_bytes, phase, site)
         self._events.append(Issue(*row, ticket=self._num_issued))
 

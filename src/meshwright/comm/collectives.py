@@ -90,7 +90,7 @@ class Axis:
         if self.size == 1:
             return Pending(tensor)
         holders = _holders(tensor)
-        with scope(site, phase):
+        with scope(site, phase, self.name):
             work = dist.all_reduce(tensor, op=_REDUCTIONS[reduction], group=self.group, async_op=True)
         return Pending(tensor, (work,), num_references=holders)
 
@@ -98,7 +98,7 @@ class Axis:
         """Concatenate every rank's `tensor` along `dim`. Payload: the gathered tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase):
+        with scope(site, phase, self.name):
             part = tensor.contiguous()
             gathered = part.new_empty(self.size * part.shape[0], *part.shape[1:])
             holders = _holders(gathered, part)
@@ -110,7 +110,7 @@ class Axis:
         """Sum `tensor` over the axis and keep this rank's part of `dim`. Payload: the full tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase):
+        with scope(site, phase, self.name):
             parts = tensor.unflatten(dim, (self.size, -1)).movedim(dim, 0).flatten(0, 1).contiguous()
             part = parts.new_empty(parts.shape[0] // self.size, *parts.shape[1:])
             holders = _holders(part, parts)
@@ -121,7 +121,7 @@ class Axis:
         """Send part i of dim 0, [size, ...], to rank i; receive what rank i sent as part i. Payload: the tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase):
+        with scope(site, phase, self.name):
             received = torch.empty_like(tensor)
             holders = _holders(received, tensor)
             work = dist.all_to_all_single(received, tensor, group=self.group, async_op=True)
@@ -133,7 +133,7 @@ class Axis:
         """Send `tensor` to one rank of the axis and receive its like from another. Payload: the tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase):
+        with scope(site, phase, self.name):
             received = torch.empty_like(tensor)
             holders = _holders(received, tensor)
             pair = (dist.isend, tensor, send_to), (dist.irecv, received, receive_from)
@@ -146,7 +146,7 @@ class Axis:
         if self.size == 1:
             return Pending(tensor)
         holders = _holders(tensor)
-        with scope(site, phase):
+        with scope(site, phase, self.name):
             work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
         return Pending(tensor, (work,), num_references=holders)
 

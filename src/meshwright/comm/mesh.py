@@ -18,9 +18,6 @@ from meshwright.config.tree import AXES, Layout
 
 _MESH_PREFIX = "mesh_"
 
-_names: dict[str, str] = {}
-"""Axis names of the groups that `World.create` made, by the group's unique name."""
-
 
 @dataclass(frozen=True)
 class World:
@@ -73,27 +70,21 @@ class World:
                 self.axes[key] = self.axes[axis] if size > 1 else Axis(axis)
             else:
                 group, _ = dist.new_subgroups(size)
-                _names[group.group_name] = axis
                 self.axes[key] = Axis(axis, size, dist.get_rank(group), group)
         return self.axes[key]
 
 
 def _axis(name: str, mesh: DeviceMesh) -> Axis:
     group = mesh.get_group()
-    _names[group.group_name] = name
     return Axis(name, group.size(), group.rank(), group)
 
 
 def axis_name(group: dist.ProcessGroup) -> str:
-    """The mesh axis of a group: as `World` named it, else as its DeviceMesh did, else `world` or unknown."""
-    if group.group_name in _names:
-        return _names[group.group_name]
+    """The mesh axis of another program's group: as its DeviceMesh named it, else `world` or unknown.
+
+    Ours say it themselves (`comm.scope`): one group may be an axis of several layouts.
+    """
     description = group.group_desc
     if group is dist.group.WORLD:
         return WORLD_AXIS
     return description.removeprefix(_MESH_PREFIX) if description.startswith(_MESH_PREFIX) else UNKNOWN_AXIS
-
-
-def forget_names() -> None:
-    """Drop the names of groups that were destroyed: a new world may reuse them."""
-    _names.clear()

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Scope(NamedTuple):
-    """A module's name, and a phase; None leaves it to the recorder."""
+    """A module's name, a phase, and the axis that a collective is about; None leaves it to the recorder."""
 
     site: str | None = None
     phase: str | None = None
+    axis: str | None = None
 
 
 class Observer(Protocol):
@@ -38,12 +39,13 @@ def current() -> Scope:
 
 
 @contextmanager
-def scope(site: str | None = None, phase: str | None = None) -> Iterator[None]:
-    """Attribute what happens inside to `site` and `phase`; None keeps the outer one."""
+def scope(site: str | None = None, phase: str | None = None, axis: str | None = None) -> Iterator[None]:
+    """Attribute what happens inside to `site`, `phase` and `axis`; None keeps the outer one."""
     outer = current()
     if not hasattr(_local, "stack"):
         _local.stack = []
-    _local.stack.append(Scope(outer.site if site is None else site, outer.phase if phase is None else phase))
+    inner = Scope(site, phase, axis)
+    _local.stack.append(Scope(*(old if new is None else new for old, new in zip(outer, inner, strict=True))))
     try:
         yield
     finally:

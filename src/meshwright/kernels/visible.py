@@ -77,7 +77,10 @@ def visible_backward(
     lse: torch.Tensor,
     visible: Visible,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq [B, S, H, D] in the dtype of q, dk and dv [B, Z, H, D] in float32 (float64), all of [B, H, S or Z, D]."""
+    """dq [B, S, H, D] in the dtype of q, dk and dv [B, Z, H, D] in float32 (float64), all of [B, H, S or Z, D].
+
+    `lse` must be finite, of all that a query sees anywhere: every query sees itself in some block.
+    """
     dq_BSHD = q.new_empty(_BSHD(q))
     dk_BZHD, dv_BZHD = (torch.zeros(_BSHD(x), dtype=accumulation_dtype(x.dtype), device=x.device) for x in (k, v))
     for rows in tiles(q.shape[2]):

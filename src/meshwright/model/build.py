@@ -34,10 +34,26 @@ def build(job: Job, world: World, *, float64: bool = False, materialise: bool = 
         owner, _, leaf = spec.name.rpartition(".")
         decoder.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
     if job.model.tied:
-        # A leaf of its own on the same storage: each share of the gradient is added to the one `.grad` as it comes,
-        # instead of the head's waiting in the engine for the embedding's through the whole backward pass.
-        decoder.head.register_parameter("weight", nn.Parameter(decoder.embedding.weight.detach()))
+        _tie(decoder)
     return decoder
+
+
+def _tie(decoder: Decoder) -> None:
+    """Let the head use the embedding's weight, through a leaf of its own that is no parameter of the model.
+
+    Each share of the gradient is then added to the embedding's `.grad` as it comes, instead of the head's waiting in
+    the engine for the embedding's through the whole backward pass.
+    """
+    table = decoder.embedding.weight
+    alias = table.detach().requires_grad_()
+
+    def hand_over(leaf: torch.Tensor) -> None:
+        assert leaf.grad is not None
+        table.grad = leaf.grad if table.grad is None else table.grad.add_(leaf.grad)
+        leaf.grad = None
+
+    alias.register_post_accumulate_grad_hook(hand_over)
+    object.__setattr__(decoder.head, "weight", alias)
 
 
 def specs_of(job: Job) -> tuple[ParamSpec, ...]:

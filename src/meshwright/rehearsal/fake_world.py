@@ -14,7 +14,7 @@ from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from meshwright.comm import mesh, torch_private
+from meshwright.comm import torch_private
 from meshwright.errors import UserError
 
 _MESH_METHODS = ("__init__", "__getitem__", "_flatten", "_unflatten", "_concatenate", "get_group")
@@ -37,7 +37,6 @@ def fake_group(world: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        mesh.forget_names()
 
 
 @contextmanager

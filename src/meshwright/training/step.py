@@ -63,8 +63,6 @@ class State:
         model = build(job, world, float64=float64, materialise=materialise)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        if job.model.tied:
-            model.head.weight.grad = model.embedding.weight.grad
         for spec in (specs := specs_of(job)):
             if spec.partial_over is not None:
                 world.neighbours(*spec.partial_over)  # make the groups now: inside a step it would be too late
