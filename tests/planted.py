@@ -117,7 +117,7 @@ class FaultyAttention:
 class ShowsLaterTokens(ContextAttention):
     """A ring whose ranks forget the triangle: each sees all the keys that are its own."""
 
-    def __call__(self, qkv: list[torch.Tensor], site: str) -> torch.Tensor:
+    def __call__(self, qkv: list[torch.Tensor], site: str, first_BS: torch.Tensor | None = None) -> torch.Tensor:
         schedule = context.schedule
 
         def unmasked(*args: Any) -> Schedule:
@@ -126,20 +126,20 @@ class ShowsLaterTokens(ContextAttention):
             return replace(plan, steps=tuple(map(lambda s, b: s._replace(blocks=b), plan.steps, blocks)))
 
         with mock.patch.object(context, "schedule", unmasked):
-            return super().__call__(qkv, site)
+            return super().__call__(qkv, site, first_BS)
 
 
 class PermutesHeads(ContextAttention):
     """An exchange that sends heads to the rank at the other end of the axis, and takes them for its own."""
 
-    def __call__(self, qkv: list[torch.Tensor], site: str) -> torch.Tensor:
+    def __call__(self, qkv: list[torch.Tensor], site: str, first_BS: torch.Tensor | None = None) -> torch.Tensor:
         to_heads = context.to_heads
 
         def mistaken(tensors: Sequence[torch.Tensor], axis: Axis, site: str) -> tuple[torch.Tensor, ...]:
             return to_heads(tensors, _OtherEnd(**vars(axis)), site)
 
         with mock.patch.object(context, "to_heads", mistaken):
-            return super().__call__(qkv, site)
+            return super().__call__(qkv, site, first_BS)
 
 
 @dataclass(frozen=True)
