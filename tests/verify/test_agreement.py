@@ -35,7 +35,7 @@ def test_the_selections_cover_the_matrices() -> None:
 
 @pytest.mark.parametrize("case", [*SHORT, *LONG], ids=str)
 def test_formula_rehearsal_and_run_agree(case: AnyCase, ranks: Callable[[int], Ranks]) -> None:
-    _assert_agrees(case, ranks, thorough=case in SHORT)
+    _assert_agrees(case, ranks, thorough=case in SHORT[::3])
 
 
 @pytest.mark.slow

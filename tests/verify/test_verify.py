@@ -157,7 +157,9 @@ def test_an_interrupt_ends_all_ranks_quietly(tmp_path: Path) -> None:
         "2",
         "--training.batch",
         "64",
-    ]  # half a minute of work, if nobody interrupts
+        "--training.accumulation",
+        "16",
+    ]  # half a minute of work in little memory, if nobody interrupts
     command = [sys.executable, "-m", "meshwright", "verify", *job]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, cwd=tmp_path
