@@ -65,13 +65,13 @@ class Pending:
         """
         deadline = time.monotonic() + limit_seconds
         tensors = [tensor for tensor in (self.tensor, self.sent) if tensor is not None]
-        for tensor, before in zip(tensors, self.num_references, strict=True):
+        for tensor, before in zip(tensors, self.num_references, strict=bool(self.num_references)):
             while torch_private.num_references(tensor) > before and time.monotonic() < deadline:
                 time.sleep(0)
 
 
 def _holders(*tensors: torch.Tensor) -> tuple[int, ...]:
-    return tuple(torch_private.num_references(tensor) for tensor in tensors) if observed() else (0,) * len(tensors)
+    return tuple(torch_private.num_references(tensor) for tensor in tensors) if observed() else ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ implements them); on an axis of one rank they do nothing and leave no row in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +42,13 @@ class World:
             raise ValueError(f"a world of {layout.world} ranks needs an initialised process group")
         if dist.get_world_size() != layout.world:
             raise ValueError(f"the layout has {layout.world} ranks, the process group {dist.get_world_size()}")
-        degrees = tuple(layout.degree(axis) for axis in AXES)
-        mesh = init_device_mesh(device.type, degrees, mesh_dim_names=AXES)
-        axes = {axis: _axis(axis, mesh[axis]) if layout.degree(axis) > 1 else Axis(axis) for axis in AXES}
+        names = tuple(axis for axis in AXES if layout.degree(axis) > 1)
+        degrees = tuple(layout.degree(axis) for axis in names)
+        key = (device.type, names, degrees)
+        mesh = _reused(key, lambda: init_device_mesh(device.type, degrees, mesh_dim_names=names))
+        axes = {axis: _axis(axis, mesh[axis]) if axis in names else Axis(axis) for axis in AXES}
         if len(layout.token_axes) > 1:
-            flat = mesh[layout.token_axes]._flatten(layout.gradient_axis)
+            flat = _reused((*key, "flat"), lambda: mesh[layout.token_axes]._flatten(layout.gradient_axis))
             axes[layout.gradient_axis] = _axis(layout.gradient_axis, flat)
         return cls(dist.get_rank(), layout, device, axes)
 
@@ -69,9 +73,29 @@ class World:
             if size in (1, self.layout.degree(axis)):
                 self.axes[key] = self.axes[axis] if size > 1 else Axis(axis)
             else:
-                group, _ = dist.new_subgroups(size)
+                group = _reused((axis, size), lambda: dist.new_subgroups(size)[0])
                 self.axes[key] = Axis(axis, size, dist.get_rank(group), group)
         return self.axes[key]
+
+
+@dataclass
+class _Made:
+    """Meshes and groups that were made under one default group: each opens connections and keeps threads."""
+
+    under: dist.ProcessGroup | None = None
+    by_key: dict[Any, Any] = field(default_factory=dict)
+
+
+_made = _Made()
+
+
+def _reused(key: Any, make: Callable[[], Any]) -> Any:
+    """What was made under this key before in the present default group, or is made now; collective."""
+    if _made.under is not dist.group.WORLD:
+        _made.under, _made.by_key = dist.group.WORLD, {}
+    if key not in _made.by_key:
+        _made.by_key[key] = make()
+    return _made.by_key[key]
 
 
 def _axis(name: str, mesh: DeviceMesh) -> Axis:

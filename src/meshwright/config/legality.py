@@ -151,7 +151,8 @@ def _splits(kv_heads: int, degree: int) -> bool:
 
 def _split_of_mlp(layout: Layout, model: Model) -> Iterator[Violation]:
     if model.d_ff % layout.tensor:
-        legal = _nearest(_tensor_degrees(layout, model), layout.tensor)
+        degrees = _tensor_degrees(layout, model) or _tensor_degrees(replace(layout, ulysses=1), model)
+        legal = _nearest(degrees, layout.tensor)
         yield Violation(
             "d_ff",
             f"layout.tensor = {layout.tensor} does not divide model.d_ff = {model.d_ff} "

@@ -81,7 +81,7 @@ class Layout:
     replicate: int = 1
     """Copies of the model that split the batch (data parallelism)."""
     shard: int = 1
-    """Ranks that split the batch and the states (ZeRO, FSDP)."""
+    """Ranks that split the batch and the states (ZeRO, FSDP); not available yet."""
     ring: int = 1
     """Ranks that split the sequence for ring attention."""
     ulysses: int = 1
@@ -89,7 +89,7 @@ class Layout:
     tensor: int = 1
     """Ranks that split each weight (Megatron tensor parallelism)."""
     pipeline: int = 1
-    """Ranks that split the layers; planned only."""
+    """Ranks that split the layers; not available yet."""
     gradients: Literal["naive"] = "naive"
     """How data-parallel gradients are summed. naive: each gradient on its own, blocking, after backward."""
     sequence_parallel: bool = False

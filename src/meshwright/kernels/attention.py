@@ -94,6 +94,7 @@ def attention_forward(
     """
     q, k, v = _for_kernel(q_BSHD, k_BSKD, v_BSKD, kernel)
     if visible is not None:
+        assert kernel == "flash_for_cpu", kernel
         return *visible_forward(q, k, v, visible), ()
     if kernel == "flash_for_cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
@@ -125,6 +126,7 @@ def attention_backward(
     q, k, v = _for_kernel(q_BSHD, k_BSKD, v_BSKD, kernel)
     out, dout, queries, keys = out_BSHD.transpose(1, 2), dout_BSHD.transpose(1, 2), q.shape[2], k.shape[2]
     if visible is not None:
+        assert kernel == "flash_for_cpu", kernel
         dq_BSHD, *dkv = visible_backward(dout, q, k, v, out, lse_BHS, visible)
         dk_BSKD, dv_BSKD = (_collapse(d, k_BSKD.shape[2]).to(k_BSKD.dtype) for d in dkv)
         return dq_BSHD, dk_BSKD, dv_BSKD

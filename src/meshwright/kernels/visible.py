@@ -3,7 +3,8 @@
     B batch   S queries   Z keys   t queries of a tile
 
 A query at position p of a document that begins at position f sees the keys at positions f to p. Both are known where
-the query is, so nothing about documents is communicated; keys of a block may lie anywhere in the sequence.
+the query is, so nothing about documents is communicated; keys of a block may lie anywhere in the sequence. On the CPU
+only: `training.device` refuses it elsewhere.
 """
 
 from __future__ import annotations

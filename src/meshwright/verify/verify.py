@@ -8,7 +8,7 @@ from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_memory
 from meshwright.config.legality import check_processes
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
-from meshwright.planner.step import formula
+from meshwright.planner.step import formula, heaviest
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.units import format_bytes
 from meshwright.verify.compare import References, compare, reference_job
@@ -45,7 +45,7 @@ def verify_on(job: Job, ranks: Ranks, instrument: Instrument | None = None) -> V
 
 def needed_memory(job: Job) -> int:
     """Predicted bytes: all ranks at their peak, and the float64 and same-precision references, whose probes stay."""
-    ranks = (2 * formula(job).footprint.peak + BYTES_OF_A_RANK) * job.layout.world
+    ranks = (2 * heaviest(job).footprint.peak + BYTES_OF_A_RANK) * job.layout.world
     return ranks + 4 * formula(reference_job(job)).footprint.peak
 
 
