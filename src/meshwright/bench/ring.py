@@ -22,7 +22,7 @@ from meshwright.bench import record
 from meshwright.bench.context import Account, Precision, Setting, account_rank, formula, time_rank
 from meshwright.bench.pairs import ratio_row
 from meshwright.comm.ranks import BYTES_OF_A_RANK, RankError, Ranks, available_memory
-from meshwright.config.legality import divisors
+from meshwright.config.legality import divisors, listed, near_multiples
 from meshwright.config.tree import Cluster, Layout
 from meshwright.errors import UserError
 from meshwright.units import format_bytes
@@ -94,36 +94,24 @@ def _indivisible(setting: Setting) -> Iterator[str]:
     if seq % parts:
         yield (
             f"--seq = {seq} is not divisible by {parts} (2 chunks for each of 4 ring ranks, 2 × 2 for ring × ulysses): "
-            f"use {_around(parts, seq)}"
+            f"use {listed(near_multiples(parts, seq))}"
         )
     if heads % degree:
         yield (
             f"--heads = {heads} is not divisible by {degree} (each of {degree} Ulysses ranks attends with as many "
-            f"query heads): use {_around(degree, heads)}"
+            f"query heads): use {listed(near_multiples(degree, heads))}"
         )
     if heads % kv_heads:
         yield (
             f"--kv-heads = {kv_heads} does not divide --heads = {heads} (each KV head serves as many query heads): "
-            f"use {_listed(divisors(heads)[-4:])}"
+            f"use {listed(divisors(heads)[-4:])}"
         )
     elif kv_heads % degree and degree % kv_heads:
         yield (
             f"--kv-heads = {kv_heads} neither divides {degree} nor is a multiple of it (each of {degree} Ulysses ranks "
             f"gets as many KV heads, or a copy of one): use "
-            f"{_listed([n for n in divisors(heads) if n % degree == 0 or degree % n == 0][-4:])}"
+            f"{listed([n for n in divisors(heads) if n % degree == 0 or degree % n == 0][-4:])}"
         )
-
-
-def _around(step: int, value: int) -> str:
-    """The multiples of `step` around `value`."""
-    below = value // step * step
-    return _listed([multiple for multiple in (below, below + step) if multiple])
-
-
-def _listed(values: Sequence[int]) -> str:
-    """`1, 2 or 4`."""
-    *head, tail = map(str, values)
-    return f"{', '.join(head)} or {tail}" if head else tail
 
 
 def needed_memory(setting: Setting) -> int:

@@ -63,7 +63,7 @@ def complete_world(layout: Layout, world: int, typed: set[str]) -> Layout:
         )
     raise UserError(
         f"--world {world} is not divisible by {_product(replace(layout, replicate=1))} = {others}, the product of the "
-        f"degrees other than replicate: use {_listed(_near_multiples(others, world))}"
+        f"degrees other than replicate: use {listed(near_multiples(others, world))}"
     )
 
 
@@ -79,7 +79,7 @@ def check_processes(layout: Layout, processes: int) -> None:
 def _unavailable(layout: Layout) -> Iterator[Violation]:
     above = [axis for axis in UNAVAILABLE if layout.degree(axis) > 1]
     if above:
-        degrees = _listed((f"layout.{axis} = {layout.degree(axis)}" for axis in above), "and")
+        degrees = listed((f"layout.{axis} = {layout.degree(axis)}" for axis in above), "and")
         verb, what = ("is", "it") if len(above) == 1 else ("are", "each of them")
         yield Violation(
             "available",
@@ -93,13 +93,13 @@ def _shape_of_attention(model: Model) -> Iterator[Violation]:
         yield Violation(
             "grouped_heads",
             f"model.heads = {model.heads} is not a multiple of model.kv_heads = {model.kv_heads} "
-            f"(each KV head serves the same number of query heads): use kv_heads {_listed(legal)}",
+            f"(each KV head serves the same number of query heads): use kv_heads {listed(legal)}",
         )
     if model.positions == "rope" and model.head_dim % 2:
         yield Violation(
             "head_dim",
             f"model.head_dim = {model.head_dim} is odd (rotary embedding turns pairs of features): "
-            f"use {_listed(_near_multiples(2, model.head_dim))}",
+            f"use {listed(near_multiples(2, model.head_dim))}",
         )
 
 
@@ -129,14 +129,14 @@ def _head_advice(layout: Layout, model: Model) -> str:
     """The nearest legal values of ulysses beside this tensor, or of tensor beside this ulysses."""
     tensors = _nearest(_tensor_degrees(layout, model), layout.tensor)
     if layout.ulysses == 1:
-        return f"use {_listed(tensors)}"
+        return f"use {listed(tensors)}"
     beside = [degree for degree in divisors(model.heads) if _legal_for_heads(model, layout.tensor, degree)]
     if beside:
-        return f"use layout.ulysses {_listed(_nearest(beside, layout.ulysses))}"
+        return f"use layout.ulysses {listed(_nearest(beside, layout.ulysses))}"
     if tensors:
-        return f"use layout.tensor {_listed(tensors)}"
+        return f"use layout.tensor {listed(tensors)}"
     alone = _nearest(_tensor_degrees(replace(layout, ulysses=1), model), layout.tensor)
-    return f"use layout.tensor {_listed(alone)} with layout.ulysses 1"
+    return f"use layout.tensor {listed(alone)} with layout.ulysses 1"
 
 
 def _legal_for_heads(model: Model, tensor: int, ulysses: int) -> bool:
@@ -156,29 +156,29 @@ def _split_of_mlp(layout: Layout, model: Model) -> Iterator[Violation]:
         yield Violation(
             "d_ff",
             f"layout.tensor = {layout.tensor} does not divide model.d_ff = {model.d_ff} "
-            f"(each tensor-parallel rank holds an equal part of the MLP): use {_listed(legal)}",
+            f"(each tensor-parallel rank holds an equal part of the MLP): use {listed(legal)}",
         )
 
 
 def _split_of_tokens(layout: Layout, training: Training) -> Iterator[Violation]:
     parts = layout.batch_ranks * training.accumulation
     if training.batch % parts:
-        legal = _near_multiples(parts, training.batch)
+        legal = near_multiples(parts, training.batch)
         by = _degrees(layout, ("replicate", "shard"), {"training.accumulation": training.accumulation})
         yield Violation(
             "batch",
             f"training.batch = {training.batch} is not divisible by {by} (replicate × shard × accumulation: each rank "
-            f"takes as many sequences in each micro-batch): use a batch of {_listed(legal)}",
+            f"takes as many sequences in each micro-batch): use a batch of {listed(legal)}",
         )
     parts = layout.sequence_parts
     if training.seq_len % parts and not training.pad:
         axes = ("ring", "ulysses", "tensor") if layout.sequence_parallel else ("ring", "ulysses")
         zigzag = {"2 for zigzag": 2} if layout.ring > 1 and layout.ring_order == "zigzag" else {}
-        legal = _near_multiples(parts, training.seq_len)
+        legal = near_multiples(parts, training.seq_len)
         yield Violation(
             "sequence",
             f"training.seq_len = {training.seq_len} is not divisible by {_degrees(layout, axes, zigzag)} "
-            f"(each rank holds as many tokens): use {_listed(legal)}, or training.pad true",
+            f"(each rank holds as many tokens): use {listed(legal)}, or training.pad true",
         )
 
 
@@ -201,7 +201,7 @@ def _nearest(legal: list[int], value: int, keep: int = 4) -> list[int]:
     return sorted(sorted(legal, key=lambda degree: (max(degree / value, value / degree), degree))[:keep])
 
 
-def _near_multiples(step: int, value: int) -> list[int]:
+def near_multiples(step: int, value: int) -> list[int]:
     """The multiples of `step` around `value`."""
     below = value // step * step
     return [multiple for multiple in (below, below + step) if multiple > 0]
@@ -221,7 +221,7 @@ def _product(layout: Layout) -> str:
     return " × ".join(f"{axis} {layout.degree(axis)}" for axis in AXES if layout.degree(axis) > 1) or "1"
 
 
-def _listed(values: Iterable[object], last: str = "or") -> str:
+def listed(values: Iterable[object], last: str = "or") -> str:
     """`1, 2, 4 or 8`."""
     *head, tail = [str(value) for value in values]
     return f"{', '.join(head)} {last} {tail}" if head else tail

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.account import StepAccount
-from meshwright.config.legality import Violation, divisors, require_legal
+from meshwright.config.legality import Violation, divisors, listed, near_multiples, require_legal
 from meshwright.config.tree import AXES, Job, Layout
 from meshwright.errors import UserError
 from meshwright.planner.blocks import formula_of_blocks
@@ -140,7 +140,9 @@ def candidates(layout: Layout, devices: int, typed: Collection[str]) -> Iterator
     fixed = math.prod(given.values())
     if devices % fixed or (devices != fixed and not free):
         product = " × ".join(f"{axis} {degree}" for axis, degree in given.items() if degree > 1) or "1"
-        rule, legal = ("divisible by", _multiples(fixed, devices)) if free else ("the product of", str(fixed))
+        rule, legal = (
+            ("divisible by", listed(near_multiples(fixed, devices))) if free else ("the product of", str(fixed))
+        )
         raise UserError(
             f"--devices {devices} is not {rule} the given degrees, {product} = {fixed}: use --devices {legal}, "
             f"or leave out a degree"
@@ -149,11 +151,6 @@ def candidates(layout: Layout, devices: int, typed: Collection[str]) -> Iterator
     for degree in divisors(rest) if len(free) == 2 else [rest]:
         degrees: dict[str, Any] = dict(zip(free, (degree, rest // degree), strict=False))
         yield replace(layout, **degrees)
-
-
-def _multiples(step: int, value: int) -> str:
-    below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
 
 
 def _rank(candidate: Candidate) -> tuple[bool, float, float]:

@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from meshwright.config.legality import divisors
+from meshwright.config.legality import divisors, listed, near_multiples
 from meshwright.errors import UserError
 from meshwright.units import format_bytes
 
@@ -142,10 +142,9 @@ def _mistakes(**sizes: int) -> list[str]:
             f"use {_around(legal, tensor)}"
         )
     if not divides("tensor", "seq"):
-        multiples = [n for n in (seq // tensor * tensor, (seq // tensor + 1) * tensor) if n]
         found.append(
             f"--seq {seq} is not divisible by --tensor {tensor} (sequence parallelism gives each rank as many tokens): "
-            f"use {' or '.join(map(str, multiples))}"
+            f"use {listed(near_multiples(tensor, seq))}"
         )
     return found
 
