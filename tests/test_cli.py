@@ -81,6 +81,9 @@ MISTAKES = {
     "mistyped option of a worksheet": ("worksheet", "activation-memory", "--hiden", "4096"),
     "worksheet degree": ("worksheet", "linear-pair", "--tensor", "3"),
     "worksheet sizes": ("worksheet", "activation-memory", "--heads", "60", "--tensor", "7", "--seq=0", "--batch=0"),
+    "sizes of fsdp-memory": ("worksheet", "fsdp-memory", "--model", "llama3-8b", "--tokens=0", "--device-gb=-1"),
+    "model of fsdp-memory": ("worksheet", "fsdp-memory", "--model", "xxl-fn"),
+    "sizes of bucket": ("worksheet", "bucket", "--gradient-bytes=0", "--bandwidth=0", "--seconds-per-call=-1"),
     "worksheet beyond memory": ("worksheet", "linear-pair", "--d-model", "100000000", "--run"),
     "beyond range": ("plan", "quickstart", "--layout.replicate", "1000000000000"),
     "world beyond range": ("rehearse", "quickstart", "--world", "1000000000000"),
@@ -96,6 +99,8 @@ NUM_LINES = {
     "two rules at once": 4,
     "no legal layout": 4,
     "worksheet sizes": 4,
+    "sizes of fsdp-memory": 3,
+    "sizes of bucket": 3,
 }
 """Where not one: a degree of 3 breaks the rules of heads, KV heads and d_ff."""
 
@@ -115,9 +120,9 @@ EXPECTED = {
     "zero": "--devices = 0 is not a whole number above 0",
     "no value": "--devices has no value (options are --name value or --name=value): give it one",
     "no value before an option": "--layout.tensor has no value (options are --name value or --name=value): give it one",
-    "no worksheet": "worksheet needs a NAME: give one of linear-pair, activation-memory",
+    "no worksheet": f"worksheet needs a NAME: give one of {', '.join(WORKSHEETS)}",
     "unknown worksheet": "linear-pairs is not a worksheet: did you mean linear-pair?",
-    "unknown worksheet at all": "fly is not a worksheet: use one of linear-pair, activation-memory",
+    "unknown worksheet at all": f"fly is not a worksheet: use one of {', '.join(WORKSHEETS)}",
     "help of an unknown worksheet": "activation is not a worksheet: did you mean activation-memory?",
     "two worksheets": "'activation-memory' is one argument too many for worksheet linear-pair: leave it out",
     "option of another worksheet": (
@@ -234,7 +239,7 @@ def test_help_of_a_command(command: str, capsys: Capture) -> None:
     code, out, err = run(capsys, command, "--help")
     assert (code, err) == (0, "")
     assert f"meshwright {command}" in out
-    assert ("--layout.tensor" in out) == (command not in ("bench", "schemes", "worksheet"))
+    assert ("--layout.tensor" in out) == (command not in ("bench", "lab", "schemes", "worksheet"))
     assert "overrides" not in out
 
 
@@ -338,11 +343,20 @@ def test_layout_of_a_large_world_stays_readable(capsys: Capture) -> None:
 
 def test_schemes(capsys: Capture) -> None:
     found = run_json(capsys, "schemes", "--seq", "128", "--hidden", "256", "--degree", "2")
-    assert [row["calls_forward"] for row in found["schemes"]] == [2, 4, 4, 2, 2, 2, 0]
+    assert [row["calls_forward"] for row in found["schemes"]] == [2, 4, 4, 2, 2, 2, 0, 0, 0, 0, 0, 1, 1]
     assert found["inputs"] == {"seq": 128, "hidden": 256, "degree": 2, "batch": 1, "heads": 2, "kv_heads": 2}
     assert set(found["schemes"][0]) == {
-        *("scheme", "splits", "operation", "calls_forward", "calls_backward"),
-        *("elements", "elements_forward", "elements_backward", "bytes", "wire_bytes", "payload_bytes", "saved_bytes"),
+        *("scheme", "splits", "operation", "calls_forward", "calls_backward", "calls_optimiser"),
+        *(
+            "elements",
+            "elements_forward",
+            "elements_backward",
+            "elements_optimiser",
+            "bytes",
+            "wire_bytes",
+            "payload_bytes",
+            "saved_bytes",
+        ),
         *("overlaps", "when_seq_grows", "when_degree_grows", "when_both_grow"),
     }
     code, out, _ = run(capsys, "schemes", "--seq", "128", "--hidden", "256", "--degree", "2")
@@ -402,6 +416,25 @@ def test_worksheet(capsys: Capture) -> None:
     assert "3,145,728" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "figure"),
+    [
+        ("bucket", "40,000,000 B"),
+        ("fsdp-memory", "219,848,638,464"),
+        ("fsdp-roofline", "C/W = 2750 FLOPs a byte"),
+        ("zero", "31.41"),
+    ],
+)
+def test_worksheets_on_paper(name: str, figure: str, capsys: Capture) -> None:
+    found = run_json(capsys, "worksheet", name)
+    assert set(found) == {"name", "inputs", "figures"}
+    assert found["name"] == name
+    assert {*found["inputs"], "json"} == {field.name for field in fields(cast(Any, WORKSHEETS[name]))}
+    code, out, _ = run(capsys, "worksheet", name)
+    assert code == 0
+    assert figure in out
+
+
 def test_verify_exits_1_where_something_differs(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     class Report:
         agree = False
@@ -432,6 +465,7 @@ def test_verify_exits_1_where_something_differs(monkeypatch: pytest.MonkeyPatch,
         ("worksheet", "--help"),
         ("worksheet", "linear-pair"),
         ("worksheet", "activation-memory"),
+        ("worksheet", "fsdp-memory"),
         ("rehearse", "quickstart", "--layout.tensor", "3"),
         ("train", "quickstart", "--layout.tensr", "3"),
     ],

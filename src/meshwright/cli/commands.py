@@ -94,7 +94,8 @@ def train(given: options.Train) -> int:
 
 def schemes(given: options.Schemes) -> int:
     """A row for each scheme."""
-    from meshwright.schemes.table import NOTES, Question, rows
+    from meshwright.schemes.question import Question
+    from meshwright.schemes.table import NOTES, rows
 
     question = Question.of(given.seq, given.hidden, given.degree, given.batch, given.heads, given.kv_heads)
     if given.json:
@@ -114,6 +115,24 @@ def worksheet(given: Sheet) -> int:
 def bench(given: Measurement) -> int:
     """1 where something failed."""
     return given.show()
+
+
+def lab(given: options.Lab) -> int:
+    """The exit code of its command."""
+    from meshwright.lab import program
+
+    if given.clean and given.command:
+        raise UserError("--clean runs nothing, and a COMMAND was given: leave out one of them")
+    if given.clean:
+        return program.remove_abandoned()
+    return program.run(
+        given.command,
+        hosts=given.hosts,
+        ranks=given.ranks,
+        rate=given.rate,
+        intra_rate=given.intra_rate,
+        bare=given.bare,
+    )
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------

@@ -50,13 +50,22 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"meshwright {__version__}")
         return 0
-    from meshwright.cli.options import COMMANDS, MEMBERS, choose_member, parse_options, print_help, print_members
+    from meshwright.cli.options import (
+        COMMANDS,
+        MEMBERS,
+        choose_member,
+        parse_options,
+        print_help,
+        print_members,
+        split_command,
+    )
 
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
         raise UserError(f"{name} is not a command: {fix}")
+    rest, command = split_command(name, rest)
     wants_help = any(argument in _HELP for argument in rest)
     rest = [argument for argument in rest if argument not in _HELP]
     cls, words = COMMANDS[name], name
@@ -73,7 +82,10 @@ def _run(arguments: list[str]) -> int:
         return 0
     from meshwright.cli import commands
 
-    return getattr(commands, name)(parse_options(cls, words, rest))
+    given = parse_options(cls, words, rest)
+    if command:
+        given.command.extend(command)
+    return getattr(commands, name)(given)
 
 
 def overview() -> str:

@@ -125,6 +125,26 @@ class Bench:
     """Measure a piece on this machine; NAME says which, and each has its own options."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """Run a COMMAND on emulated hosts on this Linux machine, with links of a chosen rate between and inside them."""
+
+    hosts: int = 2
+    """Emulated hosts; each is a network namespace."""
+    ranks: int = 1
+    """Ranks of COMMAND on each host."""
+    rate: str | None = None
+    """What a host sends and receives at most, such as 400mbit. None: no limit."""
+    intra_rate: str | None = None
+    """What the ranks of one host send each other at most, all together. None: no limit."""
+    bare: bool = False
+    """Start COMMAND, any program, once on each host, with MASTER_ADDR, MASTER_PORT, NODE_RANK and NNODES set."""
+    clean: bool = False
+    """Remove what labs left whose process was killed, and run nothing."""
+    command: list[str] = field(default_factory=list, init=False)
+    """What stands after --: what torchrun takes, such as -m meshwright.training quickstart."""
+
+
 COMMANDS: dict[str, type[Any]] = {
     "plan": Plan,
     "rehearse": Rehearse,
@@ -134,15 +154,26 @@ COMMANDS: dict[str, type[Any]] = {
     "schemes": Schemes,
     "worksheet": Worksheet,
     "bench": Bench,
+    "lab": Lab,
 }
 
 MEMBERS: dict[str, Mapping[str, type[Any]]] = {"worksheet": WORKSHEETS, "bench": BENCHES}
 """Commands whose first word, a NAME, chooses the class of options."""
 
 _POSITIONAL = "job"
-_AT_LEAST_ONE = ("devices", "top", "world", "processes")
+_AT_LEAST_ONE = ("devices", "top", "world", "processes", "hosts", "ranks")
+_NOT_OPTIONS = ("overrides", "command")
 
 T = TypeVar("T")
+
+
+def split_command(name: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own arguments, and what follows `--`, if it is a command that runs another."""
+    own = list(arguments)
+    if name != "lab" or "--" not in own:
+        return own, []
+    at = own.index("--")
+    return own[:at], own[at + 1 :]
 
 
 def choose_member(command: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -213,6 +244,10 @@ def print_help(cls: type[Any], command: str) -> None:
         config.append(tyro.conf.PositionalRequiredArgs)
     with suppress(SystemExit):  # tyro's way to end after a help text
         tyro.cli(cls, prog=f"meshwright {command}", description=cls.__doc__, args=["--help"], config=config)
+    if cls is Lab:
+        print("\nusage: meshwright lab [options] -- COMMAND, which is what torchrun takes, or with --bare a program:\n")
+        print("  meshwright lab --hosts 2 --ranks 2 --rate 400mbit -- -m meshwright.training quickstart")
+        print("  meshwright lab --hosts 2 --rate 400mbit --bare -- sh -c 'echo $NODE_RANK of $NNODES, $MASTER_ADDR'")
     if issubclass(cls, OfJob):
         print("\nAny field of the job can be set, for instance --layout.tensor 2 (booleans take true or false):\n")
         for setting in overrides.fields():
@@ -224,7 +259,7 @@ def print_help(cls: type[Any], command: str) -> None:
 
 def _kinds(cls: type[Any]) -> dict[str, Any]:
     """Own options and their types, without the None of those that may be left out."""
-    hints = {name: kind for name, kind in get_type_hints(cls).items() if name != "overrides"}
+    hints = {name: kind for name, kind in get_type_hints(cls).items() if name not in _NOT_OPTIONS}
     return {name: _without_none(kind) for name, kind in hints.items()}
 
 
