@@ -13,6 +13,7 @@ Nothing here knows torch, a scheme or a model.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ EXACT_KINDS = ("matmul", "attention")
 
 UNKNOWN_AXIS = "?"
 """Axis of a collective on a group that no mesh names."""
+
+_STAR = re.compile(r"\*([+-]\d+)?")
 
 WORLD_AXIS = "world"
 """Axis of a collective on the default group, where no mesh axis is known to be it."""
@@ -100,7 +103,10 @@ class Memory(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """`times` copies of `events`, in whose sites `*` stands for `first`, `first + step`, `first + 2·step` …"""
+    """`times` copies of `events`, in whose sites `*` stands for `first`, `first + step`, `first + 2·step` …
+
+    `*+2` and `*-2` stand for as many more or less.
+    """
 
     times: int
     events: tuple[Event, ...]
@@ -131,9 +137,16 @@ def _expand(events: Iterable[Event]) -> Iterator[Compute | Issue | Wait | Memory
         if isinstance(event, Repeat):
             for index in event.indices():
                 for inner in _expand(event.events):
-                    yield inner._replace(site=inner.site.replace("*", str(index)))
+                    yield inner._replace(site=_spelt(inner.site, index))
         else:
             yield event
+
+
+def _spelt(site: str, index: int) -> str:
+    """`layers.*` with a number in place of the star."""
+    if "*" not in site:
+        return site
+    return _STAR.sub(lambda found: str(index + int(found[1] or 0)), site)
 
 
 # --- ledger -----------------------------------------------------------------------------------------------------------
@@ -212,7 +225,7 @@ def _count_issues(events: Iterable[Event], rows: Counter[LedgerKey]) -> None:
             _count_issues(event.events, inner)
             for key, count in inner.items():
                 for index in event.indices():
-                    rows[key._replace(site=key.site.replace("*", str(index)))] += count
+                    rows[key._replace(site=_spelt(key.site, index))] += count
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
@@ -339,7 +352,7 @@ def _summit(events: Iterable[Event]) -> _Summit:
             level = [a + rounds_before * b + c for a, b, c in zip(now, body.net, body.at_peak, strict=True)]
             if sum(level) > highest:
                 where = event.indices()[rounds_before]
-                highest, at_peak, phase, site = sum(level), tuple(level), body.phase, body.site.replace("*", str(where))
+                highest, at_peak, phase, site = sum(level), tuple(level), body.phase, _spelt(body.site, where)
             now = [a + event.times * b for a, b in zip(now, body.net, strict=True)]
             total = sum(now)
     return _Summit(tuple(now), at_peak, phase, site)

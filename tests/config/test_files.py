@@ -41,6 +41,8 @@ def anything(kind):
         return st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), anything(float), max_size=3)
     finite = st.floats(allow_nan=False, allow_infinity=False)
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    if len(typing.get_args(kind)) == 2 and typing.get_args(kind)[0] in (int, float):  # a number or a word
+        return st.one_of(*map(anything, typing.get_args(kind)))
     return {int: st.integers(), float: finite, bool: st.booleans(), str: text}[kind]
 
 
@@ -208,8 +210,8 @@ def test_an_unknown_key_without_a_neighbour_names_the_fields(job_file):
     path = job_file("[layout]\nzzz = 1")
     assert message(load_job, path) == (
         f"{path}: layout.zzz is not a field: use one of layout.replicate, layout.shard, layout.ring, layout.ulysses, "
-        "layout.tensor, layout.pipeline, layout.gradients, layout.sequence_parallel, layout.recompute, "
-        "layout.ring_order"
+        "layout.tensor, layout.pipeline, layout.gradients, layout.bucket_mib, layout.zero, "
+        "layout.prefetch, layout.sequence_parallel, layout.recompute, layout.ring_order"
     )
 
 

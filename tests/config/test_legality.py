@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meshwright.config.files import load_job
 from meshwright.config.legality import check_processes, complete_world, require_legal, violations
-from meshwright.config.tree import Layout, Model
+from meshwright.config.tree import Cluster, Layout, Link, Model, Training
 from meshwright.errors import UserError
 
 QUICKSTART = load_job("quickstart")
@@ -53,13 +53,45 @@ def test_all_broken_rules_with_the_nearest_legal_values():
 
 
 def test_axes_that_are_not_available():
-    assert broken(Layout(shard=2))["available"] == (
-        "layout.shard = 2 is not available yet (replicate, ring, ulysses and tensor are): set it to 1"
+    assert broken(Layout(shard=2, pipeline=2))["available"] == (
+        "layout.pipeline = 2 is not available yet (all other axes are): set it to 1"
     )
-    assert broken(Layout(shard=2, ring=2, ulysses=4, pipeline=2))["available"] == (
-        "layout.shard = 2 and layout.pipeline = 2 are not available yet (replicate, ring, ulysses and tensor are): "
-        "set each of them to 1"
+
+
+def test_what_states_are_sharded_over():
+    assert "zero" not in broken(Layout(shard=2)) | broken(Layout(ring=2, zero=1)) | broken(Layout(replicate=2))
+    assert broken(Layout(replicate=2, shard=4, zero=0))["zero"] == (
+        "layout.shard = 4 with layout.zero = 0 shards nothing (ranks that hold copies of all states are replicas): "
+        "use layout.zero 1, 2 or 3, or layout.replicate 8"
     )
+    assert broken(Layout(replicate=4, zero=2))["zero"] == (
+        "layout.zero = 2 has no ranks to shard over (shard × ring × ulysses = 1; replicate holds copies): "
+        "use layout.shard 4, or layout.zero 0"
+    )
+
+
+def test_precision_of_sums_is_a_choice_where_they_are_not_in_place():
+    low = Training(reduce_precision="bf16", batch=16, seq_len=256)
+    rules = [v.rule for v in Layout(shard=2).violations(Model(), Cluster(), low)]
+    assert rules == []
+    (violation,) = Layout(replicate=2).violations(Model(), Cluster(), low)
+    assert violation.message == (
+        "training.reduce_precision = bf16 needs layout.zero 2 or 3, not 0 (the others sum the float32 gradients where "
+        "they are): use float32, or shard the states"
+    )
+
+
+def test_automatic_buckets_need_figures_of_the_links():
+    layout, training = Layout(replicate=4, bucket_mib="auto"), Training()
+    unknown = Cluster(hosts=2, devices_per_host=2)
+    (violation,) = layout.violations(Model(), unknown, training)
+    assert violation.message == (
+        "layout.bucket_mib = auto needs cluster.intra.bandwidth and cluster.inter.bandwidth, which is not known (the "
+        "best size follows from the links): give a cluster of meshwright bench calibrate, or a number such as 25"
+    )
+    known = Cluster(hosts=1, devices_per_host=4, intra=Link(1e-5, 1e9))
+    assert layout.violations(Model(), known, training) == []
+    assert Layout(tensor=2, bucket_mib="auto").violations(Model(), unknown, training) == []
 
 
 def test_sequence_and_heads_over_two_axes():

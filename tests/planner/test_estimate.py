@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from meshwright.account import Compute, Issue, LedgerKey, StepAccount, Trace
 from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, Link, Training
-from meshwright.planner.estimate import call_seconds, estimate, mfu, tier
+from meshwright.planner.estimate import estimate, mfu
+from meshwright.planner.wire import call_seconds, tier
 
 DEVICE = Device(name="toy", kind="cuda", peak_flops={"bf16": 1000.0})
 CLUSTER = Cluster(device=DEVICE, devices_per_host=8, intra=Link(1.0, 100.0), inter=Link(2.0, 10.0, links=6))

@@ -8,15 +8,20 @@ import pytest
 
 from meshwright.account import Compute, Issue, Wait
 from meshwright.errors import UserError
-from meshwright.schemes.table import SCHEMES, Question, Row, hybrid, rows, table
+from meshwright.schemes.question import Question, hybrid
+from meshwright.schemes.table import SCHEMES, Row, rows, table
 
 N, H, P = 4096, 2048, 8
 """Tokens, width, ranks; 16 heads of 128, so two for each rank."""
 
+GRADIENTS = 12 * H * H + 2 * H
+"""Parameters of the block: all divide by the number of ranks."""
+
 BLOCK = N * H // P
 """Elements of a rank's part of a tensor of the sequence."""
 
-TENSOR, SEQUENCE, ULYSSES, CONTIGUOUS, ZIGZAG, HYBRID, NAIVE = (scheme.name for scheme in SCHEMES)
+TENSOR, SEQUENCE, ULYSSES, CONTIGUOUS, ZIGZAG, HYBRID, *STATES = (scheme.name for scheme in SCHEMES)
+NAIVE, FLAT, PER_PARAMETER, BUCKETED, ZERO_1, ZERO_2, ZERO_3 = STATES
 
 
 def row(name: str, degree: int = P, seq: int = N, **sizes: int) -> Row:
@@ -100,17 +105,49 @@ def test_naive_data_parallelism_sends_each_gradient() -> None:
     assert found.payload_bytes == 4 * (12 * H * H + 2 * H)
 
 
+def test_all_strategies_send_the_same_in_other_calls() -> None:
+    """A matrix of H² float32 has 16 MiB, one of the MLP 64: each fills a bucket of 25 MiB, beside which norms fit."""
+    calls = {FLAT: 1, PER_PARAMETER: 8, BUCKETED: 6}
+    for name, count in calls.items():
+        found = row(name)
+        assert (found.operation, found.calls_forward, found.calls_backward) == ("all_reduce", 0, count)
+        assert elements(found) == elements(row(NAIVE))
+
+
+def test_zero_1_scatters_gradients_and_gathers_parameters() -> None:
+    """Both float32: together what an all-reduce sends."""
+    found = row(ZERO_1)
+    assert (found.calls_forward, found.calls_backward, found.calls_optimiser) == (0, 6, 6)
+    assert elements(found) == (0, 7 * GRADIENTS // 8)
+    assert (found.elements_optimiser, found.bytes) == (7 * GRADIENTS // 8, row(NAIVE).bytes)
+
+
+def test_zero_2_gathers_once_and_zero_3_twice() -> None:
+    """In bf16, one unit a block; gradients are scattered in float32."""
+    for name, gathers in ((ZERO_2, 1), (ZERO_3, 2)):
+        found = row(name)
+        assert (found.calls_forward, found.calls_backward, found.calls_optimiser) == (1, gathers, 0)
+        assert elements(found) == (7 * GRADIENTS // 8, gathers * 7 * GRADIENTS // 8)
+        assert found.bytes == (2 * gathers + 4) * 7 * GRADIENTS // 8
+
+
 def test_bytes_are_those_on_the_wire() -> None:
     """Two a number, but for float32 gradients."""
     for found in table(N, H, P):
         assert found.bytes == found.wire_bytes
-        floats = {NAIVE: found.elements, CONTIGUOUS: 16 * BLOCK, ZIGZAG: 16 * BLOCK, HYBRID: 8 * BLOCK}
+        floats = {
+            CONTIGUOUS: 16 * BLOCK,
+            ZIGZAG: 16 * BLOCK,
+            HYBRID: 8 * BLOCK,
+            **dict.fromkeys(STATES, found.elements),
+        }
+        floats |= {ZERO_2: 7 * GRADIENTS // 8, ZERO_3: 7 * GRADIENTS // 8}  # what is gathered is in bf16
         assert found.bytes == 2 * found.elements + 2 * floats.get(found.scheme, 0)
 
 
 def test_activations_grow_with_the_batch_and_gradients_do_not() -> None:
     for one, three in zip(table(N, H, P), table(N, H, P, batch=3), strict=True):
-        assert three.elements == (1 if one.scheme == NAIVE else 3) * one.elements
+        assert three.elements == (1 if one.scheme in STATES else 3) * one.elements
 
 
 def test_one_rank_sends_nothing_and_keeps_the_same_under_every_scheme() -> None:

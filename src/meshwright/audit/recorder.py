@@ -37,7 +37,17 @@ from meshwright.comm.mesh import axis_name
 LOSS_SITE = "loss"
 
 _PERSISTENT = ("parameters", "gradients", "optimiser_states")
-_PRIORITY = (*_PERSISTENT, "cast_weights", "logits", "saved_activations", "communication_buffers", "temporaries")
+_PRIORITY = (
+    *_PERSISTENT,
+    "cast_weights",
+    "gathered_parameters",
+    "logits",
+    "saved_activations",
+    "communication_buffers",
+    "temporaries",
+)
+_UNPACKS_GATHERED = "fsdp.split_with_sizes_copy"
+"""What fully_shard calls to put gathered parameters where their modules use them."""
 _FREE_OPERATORS = {
     "aten.detach",
     "aten.promote_types",
@@ -236,6 +246,9 @@ class Recorder(torch_private.TorchDispatchMode):
             storage = self._see(tensor, phase, site)
             if cast_of_parameter:
                 storage.categories.add("cast_weights")
+        if name == _UNPACKS_GATHERED:
+            for tensor in operators.tensors(kwargs["out"]):
+                self._see(tensor, phase, site).categories.add("gathered_parameters")
         if func.is_view or name in _FREE_OPERATORS:
             return
         kind, flops = operators.kind_and_flops(func, args)

@@ -16,7 +16,8 @@ from meshwright.config.tree import AXES, Job, Layout
 from meshwright.planner.placement import Placement
 from meshwright.planner.search import Candidate, Plan
 from meshwright.schemes.params import ParamSpec
-from meshwright.schemes.table import NOTES, Question, Row
+from meshwright.schemes.question import Question
+from meshwright.schemes.table import NOTES, Row
 from meshwright.units import format_bytes, format_count, format_flops, format_seconds
 
 PLAIN_WIDTH = 200
@@ -166,15 +167,14 @@ def _flops(flops: int) -> str:
 
 def show_schemes(rows: Sequence[Row], question: Question) -> None:
     """What each scheme does, then how much of it: two tables, as one is wider than a terminal."""
-    kinds = _table("scheme", "splits", "operation", ">calls\nfwd", ">\nbwd", "overlaps")
+    kinds = _table("scheme", "splits", "operation", ">calls\nfwd", ">\nbwd", ">\nopt", "overlaps")
     for row in rows:
-        calls = str(row.calls_forward), str(row.calls_backward)
+        calls = str(row.calls_forward), str(row.calls_backward), str(row.calls_optimiser)
         kinds.add_row(row.scheme, row.splits, row.operation, *calls, row.overlaps)
-    sizes = _table(
-        "scheme", ">elements\nfwd", ">sent\nbwd", ">\nbytes", ">saved\nbytes", ">seq\n×2", ">degree\n×2", ">both\n×2"
-    )
+    grown = ">seq\n×2", ">degree\n×2", ">both\n×2"
+    sizes = _table("scheme", ">elements\nfwd", ">sent\nbwd", ">\nopt", ">\nbytes", ">saved\nbytes", *grown)
     for row in rows:
-        elements = _elements(row.elements_forward), _elements(row.elements_backward)
+        elements = map(_elements, (row.elements_forward, row.elements_backward, row.elements_optimiser))
         growth = (ratio or "-" for ratio in (row.when_seq_grows, row.when_degree_grows, row.when_both_grow))
         sizes.add_row(row.scheme, *elements, format_bytes(row.bytes), format_bytes(row.saved_bytes), *growth)
     sent = "Last columns: bytes sent, where the sequence, the degree or both double. --json has exact figures."

@@ -117,6 +117,39 @@ class Axis:
             work = torch_private.reduce_scatter_into(part, parts, group=self.group, async_op=True)
         return Pending(part, (work,), parts, holders)
 
+    def all_gather_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
+        """Fill `tensor`, 1-D, of which each rank has its own equal part. Payload: the tensor."""
+        if self.size == 1:
+            return Pending(tensor)
+        with scope(site, phase, self.name):
+            own = tensor.chunk(self.size)[self.rank]
+            holders = _holders(tensor, own)
+            work = torch_private.all_gather_into(tensor, own, group=self.group, async_op=True)
+        return Pending(tensor, (work,), own, holders)
+
+    def reduce_scatter_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
+        """Leave in this rank's equal part of `tensor`, 1-D, the sum over the axis; the rest is undefined after.
+
+        Payload: the tensor.
+        """
+        if self.size == 1:
+            return Pending(tensor)
+        with scope(site, phase, self.name):
+            own = tensor.chunk(self.size)[self.rank]
+            holders = _holders(own, tensor)
+            work = torch_private.reduce_scatter_into(own, tensor, group=self.group, async_op=True)
+        return Pending(own, (work,), tensor, holders)
+
+    def reduce_scatter_into(
+        self, part: torch.Tensor, tensor: torch.Tensor, *, site: str, phase: str | None = None
+    ) -> Pending:
+        """Fill `part` with this rank's equal part of the sum of `tensor`, both 1-D. Payload: the tensor."""
+        assert self.size > 1
+        with scope(site, phase, self.name):
+            holders = _holders(part, tensor)
+            work = torch_private.reduce_scatter_into(part, tensor, group=self.group, async_op=True)
+        return Pending(part, (work,), tensor, holders)
+
     def all_to_all(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Send part i of dim 0, [size, ...], to rank i; receive what rank i sent as part i. Payload: the tensor."""
         if self.size == 1:

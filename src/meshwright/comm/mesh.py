@@ -23,7 +23,7 @@ _MESH_PREFIX = "mesh_"
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place: rank, layout, device, and its axes by name (mesh axes and the flattened gradient group)."""
+    """This rank's place: rank, layout, device, and its axes by name (mesh axes and the flattened groups)."""
 
     rank: int
     layout: Layout
@@ -47,9 +47,10 @@ class World:
         key = (device.type, names, degrees)
         mesh = _reused(key, lambda: init_device_mesh(device.type, degrees, mesh_dim_names=names))
         axes = {axis: _axis(axis, mesh[axis]) if axis in names else Axis(axis) for axis in AXES}
-        if len(layout.token_axes) > 1:
-            flat = _reused((*key, "flat"), lambda: mesh[layout.token_axes]._flatten(layout.gradient_axis))
-            axes[layout.gradient_axis] = _axis(layout.gradient_axis, flat)
+        for flattened in (layout.token_axes, layout.state_axes):
+            if len(flattened) > 1:
+                name = "*".join(flattened)
+                axes[name] = _flat(name, flattened, mesh, key)
         return cls(dist.get_rank(), layout, device, axes)
 
     @classmethod
@@ -61,6 +62,16 @@ class World:
     def gradient_axis(self) -> Axis:
         """The axis over which gradients, losses and token counts are summed: the gradient group."""
         return self.axes[self.layout.gradient_axis or "replicate"]
+
+    @property
+    def state_axis(self) -> Axis:
+        """The axis over which states are sharded; of one rank where they are not."""
+        return self.axes[self.layout.state_axis] if self.layout.state_axes else Axis("shard")
+
+    @property
+    def replica_axis(self) -> Axis:
+        """Of the gradient group, the ranks that hold the same part of the states."""
+        return self.axes["replicate"] if self.layout.state_axes else self.gradient_axis
 
     def neighbours(self, axis: str, size: int) -> Axis:
         """The subgroup of `size` consecutive ranks of `axis` that this rank is in; keeps the axis's name.
@@ -98,9 +109,20 @@ def _reused(key: Any, make: Callable[[], Any]) -> Any:
     return _made.by_key[key]
 
 
+def _flat(name: str, flattened: tuple[str, ...], mesh: DeviceMesh, key: tuple[Any, ...]) -> Axis:
+    """Several axes as one."""
+    return _axis(name, _reused((*key, name), lambda: mesh[flattened]._flatten(name)))
+
+
 def _axis(name: str, mesh: DeviceMesh) -> Axis:
     group = mesh.get_group()
     return Axis(name, group.size(), group.rank(), group)
+
+
+def mesh_of(axis: Axis, device: torch.device) -> DeviceMesh:
+    """An axis as the one-dimensional DeviceMesh that torch's own parallelisms take; makes no group."""
+    assert axis.group is not None, axis.name
+    return DeviceMesh.from_group(axis.group, device.type, mesh_dim_names=(axis.name,))
 
 
 def axis_name(group: dist.ProcessGroup) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "num_references",
     "reduce_scatter_into",
+    "settle_fully_sharded",
     "storage_key",
     "unset_fake_temporarily",
 ]
@@ -45,6 +46,11 @@ def group_of(argument: Any) -> dist.ProcessGroup | None:
 def group_named(name: str) -> dist.ProcessGroup:
     """The process group that a functional collective names."""
     return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def settle_fully_sharded(root: torch.nn.Module) -> None:
+    """Do now what `fully_shard` leaves to the first forward: under fake tensors it makes new sharded parameters."""
+    root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -13,9 +13,6 @@ from dataclasses import dataclass, replace
 from meshwright.config.tree import AXES, Cluster, Job, Layout, Model, Training
 from meshwright.errors import UserError
 
-UNAVAILABLE = ("shard", "pipeline")
-"""Axes that the tree names and no command runs yet."""
-
 
 @dataclass(frozen=True)
 class Violation:
@@ -26,8 +23,9 @@ class Violation:
 
 
 def violations(layout: Layout, model: Model, cluster: Cluster, training: Training) -> list[Violation]:
-    """All rules that a layout breaks. `cluster` breaks none by itself; it is part of the question."""
+    """All rules that a layout breaks. `cluster` breaks none by itself; an option may need to know of it."""
     found = [*_unavailable(layout), *_split_of_mlp(layout, model), *_split_of_tokens(layout, training)]
+    found += [*_sharding_of_states(layout, training), *_size_of_buckets(layout, cluster)]
     if model.block == "decoder":
         found += [*_shape_of_attention(model), *_split_of_attention(layout, model)]
     return found
@@ -77,13 +75,10 @@ def check_processes(layout: Layout, processes: int) -> None:
 
 
 def _unavailable(layout: Layout) -> Iterator[Violation]:
-    above = [axis for axis in UNAVAILABLE if layout.degree(axis) > 1]
-    if above:
-        degrees = listed((f"layout.{axis} = {layout.degree(axis)}" for axis in above), "and")
-        verb, what = ("is", "it") if len(above) == 1 else ("are", "each of them")
+    if layout.pipeline > 1:
         yield Violation(
             "available",
-            f"{degrees} {verb} not available yet (replicate, ring, ulysses and tensor are): set {what} to 1",
+            f"layout.pipeline = {layout.pipeline} is not available yet (all other axes are): set it to 1",
         )
 
 
@@ -179,6 +174,42 @@ def _split_of_tokens(layout: Layout, training: Training) -> Iterator[Violation]:
             "sequence",
             f"training.seq_len = {training.seq_len} is not divisible by {_degrees(layout, axes, zigzag)} "
             f"(each rank holds as many tokens): use {listed(legal)}, or training.pad true",
+        )
+
+
+def _sharding_of_states(layout: Layout, training: Training) -> Iterator[Violation]:
+    stage = layout.zero_stage
+    if layout.shard > 1 and stage == 0:
+        yield Violation(
+            "zero",
+            f"layout.shard = {layout.shard} with layout.zero = 0 shards nothing (ranks that hold copies of all states "
+            f"are replicas): use layout.zero 1, 2 or 3, or layout.replicate {layout.replicate * layout.shard}",
+        )
+    if stage and not layout.state_axes:
+        yield Violation(
+            "zero",
+            f"layout.zero = {stage} has no ranks to shard over (shard × ring × ulysses = 1; replicate holds copies): "
+            f"use layout.shard {max(2, layout.replicate)}, or layout.zero 0",
+        )
+    if training.reduce_precision != "float32" and stage < 2:
+        yield Violation(
+            "reduce_precision",
+            f"training.reduce_precision = {training.reduce_precision} needs layout.zero 2 or 3, not {stage} (the "
+            f"others sum the float32 gradients where they are): use float32, or shard the states",
+        )
+
+
+def _size_of_buckets(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
+    if layout.bucket_mib != "auto" or layout.gradient_group_size == 1:
+        return
+    tiers = {"intra": cluster.devices_per_host > 1, "inter": layout.world > cluster.devices_per_host}
+    unknown = [f"cluster.{tier}.bandwidth" for tier, used in tiers.items() if used]
+    unknown = [path for path in unknown if not getattr(cluster, path.split(".")[1]).bandwidth]
+    if unknown:
+        yield Violation(
+            "bucket",
+            f"layout.bucket_mib = auto needs {listed(unknown, 'and')}, which is not known (the best size follows from "
+            f"the links): give a cluster of meshwright bench calibrate, or a number such as 25",
         )
 
 

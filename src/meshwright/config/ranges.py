@@ -14,13 +14,16 @@ from meshwright.config.tree import AXES, Cluster, Device, Job, Layout, RopeScali
 
 PRECISIONS = get_args(get_type_hints(Training)["precision"])
 
-_Range = tuple[str, Callable[[float], bool]]
+_Range = tuple[str, Callable[[Any], bool]]
 SIZE: _Range = ("must be between 1 and 2**40", lambda value: 1 <= value <= 2**40)
 LAYERS: _Range = ("must be between 1 and 2**16", lambda value: 1 <= value <= 2**16)
 COUNT: _Range = ("must be between 0 and 2**40", lambda value: 0 <= value <= 2**40)
 DEGREE: _Range = ("must be between 1 and 2**31 - 1", lambda value: 1 <= value < 2**31)
 SEED: _Range = ("must be between 0 and 2**63 - 1", lambda value: 0 <= value < 2**63)
 SECONDS: _Range = ("must be above 0 and at most 1e9", lambda value: 0 < value <= 1e9)
+MIB: _Range = ("must be above 0 and at most 2**20", lambda value: value == "auto" or 0 < value <= 2**20)
+STAGE: _Range = ("must be 0, 1, 2, 3 or auto", lambda value: value in ("auto", 0, 1, 2, 3))
+UNITS: _Range = ("must be between 1 and 2**16", lambda value: 1 <= value <= 2**16)
 AT_LEAST_ONE: _Range = ("must be at least 1", lambda value: value >= 1)
 AT_LEAST_ZERO: _Range = ("must be at least 0", lambda value: value >= 0)
 ABOVE_ZERO: _Range = ("must be above 0", lambda value: value > 0)
@@ -45,6 +48,7 @@ _TRAINING = {
     **dict.fromkeys(("beta1", "beta2"), BELOW_ONE),
     "final_learning_rate": FRACTION,
 }
+_OPTIONS = {"bucket_mib": MIB, "zero": STAGE, "prefetch": UNITS}
 _DEVICE = dict.fromkeys(("memory_bytes", "memory_bandwidth"), AT_LEAST_ZERO)
 _LINK = {"latency_seconds": AT_LEAST_ZERO, "bandwidth": ABOVE_ZERO, "links": DEGREE}
 _CLUSTER = {
@@ -61,6 +65,7 @@ def job_mistakes(job: Job) -> list[str]:
         *_mistakes(job.model, "model.", _MODEL | decoder),
         *(_rope_scaling_mistakes(job.model.rope_scaling) if decoder else []),
         *(_mistakes(job.layout, "layout.", dict.fromkeys(AXES, DEGREE)) or world_mistakes(job.layout)),
+        *_mistakes(job.layout, "layout.", _OPTIONS),
         *cluster_mistakes(job.cluster, "cluster."),
         *_mistakes(job.training, "training.", _TRAINING),
     ]

@@ -19,6 +19,9 @@ AXES = ("pipeline", "replicate", "shard", "ring", "ulysses", "tensor")
 TOKEN_AXES = ("replicate", "shard", "ring", "ulysses")
 """The axes that split tokens. Gradients of every parameter are summed over their product, the gradient group."""
 
+STATE_AXES = ("shard", "ring", "ulysses")
+"""The axes over which ZeRO shards states; `replicate` holds copies of the shards."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -81,7 +84,7 @@ class Layout:
     replicate: int = 1
     """Copies of the model that split the batch (data parallelism)."""
     shard: int = 1
-    """Ranks that split the batch and the states (ZeRO, FSDP); not available yet."""
+    """Ranks that split the batch and, with ring and ulysses, the states (ZeRO, FSDP)."""
     ring: int = 1
     """Ranks that split the sequence for ring attention."""
     ulysses: int = 1
@@ -90,8 +93,16 @@ class Layout:
     """Ranks that split each weight (Megatron tensor parallelism)."""
     pipeline: int = 1
     """Ranks that split the layers; not available yet."""
-    gradients: Literal["naive"] = "naive"
-    """How data-parallel gradients are summed. naive: each gradient on its own, blocking, after backward."""
+    gradients: Literal["naive", "flat", "per_parameter", "bucketed"] = "bucketed"
+    """How gradients are summed with zero 0 and 1: each or all after backward, each or a bucket as soon as it is ready.
+    Zero 2 and 3 sum a unit at a time."""
+    bucket_mib: float | Literal["auto"] = 25.0
+    """MiB of gradients in a bucket; auto is the best by the bucketing model and the constants of the cluster."""
+    zero: int | Literal["auto"] = "auto"
+    """What is sharded over shard × ring × ulysses: 1 optimiser states; 2 and 3 gradients and parameters, too.
+    With 2, gathered parameters stay until backward. auto is 0 where shard = 1, else 3."""
+    prefetch: int = 1
+    """Units that zero 2 and 3 gather ahead of the one that computes."""
     sequence_parallel: bool = False
     """Split norms and the residual stream along the sequence over the tensor axis (Korthikanti et al. 2022)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -118,6 +129,35 @@ class Layout:
     def gradient_group_size(self) -> int:
         """Ranks over which the gradient of a parameter is summed."""
         return math.prod(self.degree(axis) for axis in TOKEN_AXES)
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage of ZeRO: `zero`, or what auto stands for."""
+        if self.zero == "auto":
+            return 3 if self.shard > 1 else 0
+        return self.zero
+
+    @property
+    def state_axes(self) -> tuple[str, ...]:
+        """Axes of degree above 1 over which states are sharded, in mesh order; none at stage 0."""
+        return tuple(axis for axis in STATE_AXES if self.zero_stage and self.degree(axis) > 1)
+
+    @property
+    def state_axis(self) -> str:
+        """Name of the flattened group of ranks that share the states, such as `shard*ring`."""
+        return "*".join(self.state_axes)
+
+    @property
+    def state_group_size(self) -> int:
+        """Ranks among which the states of a parameter are divided."""
+        return math.prod(self.degree(axis) for axis in self.state_axes)
+
+    def state_coordinate(self, rank: int) -> int:
+        """Which of the parts of the states a rank holds."""
+        coordinates, index = self.coordinates(rank), 0
+        for axis in self.state_axes:
+            index = index * self.degree(axis) + coordinates[axis]
+        return index
 
     @property
     def batch_ranks(self) -> int:
@@ -228,6 +268,8 @@ class Training:
     """Micro-batches a step; the batch divides by it."""
     precision: Literal["float32", "bf16"] = "float32"
     """Compute precision. Master weights, gradients and optimiser states are float32 in both."""
+    reduce_precision: Literal["float32", "bf16"] = "float32"
+    """Precision in which zero 2 and 3 sum gradients over ranks; the others sum in float32."""
     attention: Literal["sdpa"] = "sdpa"
     """Attention kernel; sdpa is PyTorch's own fused one for the device."""
     loss_chunk: int = 0

@@ -56,6 +56,12 @@ def parse(text: str, kind: Any) -> Any:
         raise WrongValueError(described(kind), text)
     if _is_literal(kind):
         return _literal(text if text in get_args(kind) else text.replace("-", "_"), kind)
+    if _is_number_or_word(kind):
+        number, words = get_args(kind)
+        try:
+            return parse(text, words if text in get_args(words) else number)
+        except WrongValueError:
+            raise WrongValueError(described(kind), text) from None
     return text
 
 
@@ -65,10 +71,12 @@ def is_mapping(kind: Any) -> bool:
 
 
 def described(kind: Any) -> str:
-    """The type of a field in words: `a whole number`, `one of naive, flat`."""
+    """The type of a field in words: `a whole number`, `one of naive, flat`, `a number or auto`."""
     if _is_literal(kind):
         choices = get_args(kind)
         return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if _is_number_or_word(kind):
+        return " or ".join(described(choice) for choice in get_args(kind))
     if is_dataclass(kind) or is_mapping(kind):
         return "a table"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
@@ -129,6 +137,12 @@ def _is_literal(kind: Any) -> bool:
     return get_origin(kind) is Literal
 
 
+def _is_number_or_word(kind: Any) -> bool:
+    """Whether a field is such as `float | Literal["auto"]`."""
+    number, *words = get_args(kind) or (None,)
+    return number in (int, float) and len(words) == 1 and _is_literal(words[0])
+
+
 def _join(path: str, step: str) -> str:
     return f"{path}.{step}" if path and step else path or step
 
@@ -159,6 +173,16 @@ def _literal(value: object, kind: Any) -> Any:
     return value
 
 
+def _number_or_word(value: object, kind: Any) -> Any:
+    number, words = get_args(kind)
+    if value in get_args(words):
+        return value
+    try:
+        return _STRICT[number](value, number)
+    except WrongValueError:
+        raise WrongValueError(described(kind), value) from None
+
+
 _STRICT: dict[Any, Callable[[object, Any], Any]] = {int: _integer, float: _number, bool: _instance, str: _instance}
 
 
@@ -178,6 +202,7 @@ def _make_converter() -> Converter:
     for kind, hook in _STRICT.items():
         converter.register_structure_hook(kind, hook)
     converter.register_structure_hook_func(_is_literal, _literal)
+    converter.register_structure_hook_func(_is_number_or_word, _number_or_word)
     converter.register_structure_hook_factory(
         is_dataclass,
         lambda kind: _table(kind, make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True)),

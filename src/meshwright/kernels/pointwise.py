@@ -1,8 +1,8 @@
 """Norms, rotary embedding and gated activation, as autograd functions of our own.
 
 torch's versions save different tensors on a CPU than on a GPU; these save the same everywhere, so that the account of a
-step does not depend on the device. Everything is computed in float32 (float64 for float64 inputs), parameters stay in
-their master dtype, inputs and outputs are in the compute dtype.
+step does not depend on the device. Everything is computed in float32 (float64 for float64 inputs); inputs and outputs
+are in the compute dtype; parameters and their gradients are in the master dtype, or, gathered, in the compute dtype.
 
     B batch   S sequence   E d_model   F d_ff (this rank's)   N heads   D head_dim
 """
@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dh: torch.Tensor, dresidual: torch.Tensor | None) -> Any:
         x, w, rstd = ctx.saved_tensors
         dx, dw = _normalised_backward(dh, x * rstd, w, rstd, dresidual, centred=False)
-        return dx, dw, None
+        return dx, dw.to(w.dtype), None
 
 
 def layer_norm(
@@ -87,7 +87,7 @@ class _LayerNorm(torch.autograd.Function):
         x, w, mean, rstd = ctx.saved_tensors
         db = dh.sum(dim=(0, 1), dtype=rstd.dtype) if ctx.biased else None
         dx, dw = _normalised_backward(dh, (x - mean).mul_(rstd), w, rstd, dresidual, centred=True)
-        return dx, dw, db, None
+        return dx, dw.to(w.dtype), None if db is None else db.to(w.dtype), None
 
 
 def _normalised_backward(
@@ -190,9 +190,10 @@ class _AddPositions(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (positions,) = ctx.saved_tensors
-        dtable = dy.new_zeros(ctx.table_shape, dtype=ctx.table_dtype)
-        dtable.index_add_(0, positions, dy.sum(dim=0, dtype=ctx.table_dtype))
-        return dy, dtable, None
+        dtype = accumulation_dtype(ctx.table_dtype)
+        dtable = dy.new_zeros(ctx.table_shape, dtype=dtype)
+        dtable.index_add_(0, positions, dy.sum(dim=0, dtype=dtype))
+        return dy, dtable.to(ctx.table_dtype), None
 
 
 def gated_silu(gate_BSF: torch.Tensor, up_BSF: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ A rank draws each parameter whole, keeps its slice and goes on to the next: it n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -15,50 +15,10 @@ from meshwright.config.tree import Job
 from meshwright.model.decoder import Decoder
 from meshwright.schemes.params import ParamSpec, param_specs
 
+Values = Callable[[ParamSpec, int], torch.Tensor]
+"""The full parameter by its spec and the run's seed."""
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-def build(job: Job, world: World, *, float64: bool = False, materialise: bool = True) -> Decoder:
-    """The decoder of a job on this rank, initialised.
-
-    `float64` makes everything float64 (the reference of `verify`). `materialise=False` leaves the values undefined, for
-    rehearsals.
-    """
-    dtype = torch.float64 if float64 else DTYPES[job.training.precision]
-    master = torch.float64 if float64 else torch.float32
-    decoder = Decoder(job, world, dtype)
-    for spec in specs_of(job):
-        values = torch.empty(spec.local_shape, dtype=master, device=world.device)
-        if materialise:
-            values.copy_(local_part(initial_values(spec, job.training.seed), spec, world))
-        owner, _, leaf = spec.name.rpartition(".")
-        decoder.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
-    if job.model.tied:
-        _tie(decoder)
-    return decoder
-
-
-def _tie(decoder: Decoder) -> None:
-    """Let the head use the embedding's weight, through a leaf of its own that is no parameter of the model.
-
-    Each share of the gradient is then added to the embedding's `.grad` as it comes, instead of the head's waiting in
-    the engine for the embedding's through the whole backward pass.
-    """
-    table = decoder.embedding.weight
-    alias = table.detach().requires_grad_()
-
-    def hand_over(leaf: torch.Tensor) -> None:
-        assert leaf.grad is not None
-        table.grad = leaf.grad if table.grad is None else table.grad.add_(leaf.grad)
-        leaf.grad = None
-
-    alias.register_post_accumulate_grad_hook(hand_over)
-    object.__setattr__(decoder.head, "weight", alias)
-
-
-def specs_of(job: Job) -> tuple[ParamSpec, ...]:
-    """The parameters of a job's model under its layout."""
-    return param_specs(job.model, job.layout, job.training.seq_len)
 
 
 def initial_values(spec: ParamSpec, seed: int) -> torch.Tensor:
@@ -67,6 +27,28 @@ def initial_values(spec: ParamSpec, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(spec.seed(seed))
         return torch.empty(spec.shape).normal_(std=spec.std, generator=generator)
     return torch.full(spec.shape, float(spec.init == "ones"))
+
+
+def build(job: Job, world: World, *, values_of: Values | None = initial_values, float64: bool = False) -> Decoder:
+    """The decoder of a job on this rank, its parameters as `values_of` makes them, or undefined (for rehearsals).
+
+    `float64` makes everything float64 (the reference of `verify`).
+    """
+    dtype = torch.float64 if float64 else DTYPES[job.training.precision]
+    master = torch.float64 if float64 else torch.float32
+    decoder = Decoder(job, world, dtype)
+    for spec in specs_of(job):
+        values = torch.empty(spec.local_shape, dtype=master, device=world.device)
+        if values_of is not None:
+            values.copy_(local_part(values_of(spec, job.training.seed), spec, world))
+        owner, _, leaf = spec.name.rpartition(".")
+        decoder.get_submodule(owner).register_parameter(leaf, nn.Parameter(values))
+    return decoder
+
+
+def specs_of(job: Job) -> tuple[ParamSpec, ...]:
+    """The parameters of a job's model under its layout."""
+    return param_specs(job.model, job.layout, job.training.seq_len)
 
 
 def local_part(full: torch.Tensor, spec: ParamSpec, world: World) -> torch.Tensor:

@@ -114,14 +114,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each after a norm and added to the residual stream."""
+    """One layer: attention and MLP, each after a norm and added to the residual stream.
 
-    def __init__(self, model: Model, region: Region, attend: ContextAttention, site: str) -> None:
+    `rerun`: only its input is kept, and backward computes it again.
+    """
+
+    def __init__(self, model: Model, region: Region, attend: ContextAttention, site: str, *, rerun: bool) -> None:
         super().__init__()
+        self.rerun = rerun
         self.attention_norm, self.attention = Norm(model), Attention(model, region, attend, f"{site}.attention")
         self.mlp_norm, self.mlp = Norm(model), MLP(model, region, f"{site}.mlp")
 
     def forward(
+        self, x_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        run = functools.partial(self._run, first_BS=first_BS)
+        return rerun(run, x_BSE, rotary) if self.rerun else run(x_BSE, rotary)
+
+    def _run(
         self, x_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
     ) -> torch.Tensor:
         h_BSE, x_BSE = self.attention_norm(x_BSE)
@@ -131,14 +141,14 @@ class Block(nn.Module):
 
 
 class Head(Affine):
-    """Projection to this rank's columns of the vocabulary."""
+    """Projection to this rank's columns of the vocabulary; its weight is given, for it may be the embedding's."""
 
     def __init__(self, region: Region, site: str) -> None:
         super().__init__()
         self.region, self.site = region, site
 
-    def forward(self, h_BSE: torch.Tensor) -> torch.Tensor:
-        (logits_BSV,) = column_linear(h_BSE, (self.weight,), (None,), self.region, self.site)
+    def forward(self, h_BSE: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
+        (logits_BSV,) = column_linear(h_BSE, (weight_VE,), (None,), self.region, self.site)
         return logits_BSV
 
 
@@ -178,10 +188,12 @@ class Decoder(nn.Module):
             kernel=choose_kernel(job.training.attention, job.training.device, dtype),
             recompute=layout.recompute == "selective",
         )
-        self.config, self.dtype, self.rerun_blocks = model, dtype, layout.recompute == "full"
+        self.config, self.dtype = model, dtype
         self.embedding = Embedding(region, dtype, "embedding")
         self.positions = Positions(region) if model.positions == "learned" else None
-        self.layers = nn.ModuleList(Block(model, region, attend, f"layers.{i}") for i in range(model.layers))
+        full = layout.recompute == "full"
+        blocks = (Block(model, region, attend, f"layers.{i}", rerun=full) for i in range(model.layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = Norm(model)
         self.head = Head(region, "head")
         self.loss: Loss | ChunkedLoss
@@ -194,7 +206,7 @@ class Decoder(nn.Module):
         self, tokens_BS: torch.Tensor, positions_S: torch.Tensor, first_BS: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits [B, S, V] of this rank's columns, padding included."""
-        return self.head(self.hidden(tokens_BS, positions_S, first_BS))
+        return self.head(self.hidden(tokens_BS, positions_S, first_BS), self._head_weight())
 
     def hidden(
         self, tokens_BS: torch.Tensor, positions_S: torch.Tensor, first_BS: torch.Tensor | None = None
@@ -209,8 +221,7 @@ class Decoder(nn.Module):
             dtype = pointwise.accumulation_dtype(self.dtype)
             rotary = pointwise.rope_tables(positions_S, config.head_dim, config.rope_theta, config.rope_scaling, dtype)
         for layer in self.layers:
-            block = functools.partial(layer, first_BS=first_BS)
-            x_BSE = rerun(block, x_BSE, rotary) if self.rerun_blocks else block(x_BSE, rotary)
+            x_BSE = layer(x_BSE, rotary, first_BS)
         h_BSE, _ = self.norm(x_BSE)
         return h_BSE
 
@@ -226,7 +237,37 @@ class Decoder(nn.Module):
         `first_BS` [B, U·S]: where the document of each token that this rank attends for begins; None if it does not
         matter.
         """
-        h_BSE = self.hidden(tokens_BS, positions_S, first_BS)
+        h_BSE, weight_VE = self.hidden(tokens_BS, positions_S, first_BS), self._head_weight()
         if isinstance(self.loss, ChunkedLoss):
-            return self.loss(h_BSE, labels_BS, self.head.weight)
-        return self.loss(self.head(h_BSE), labels_BS)
+            return self.loss(h_BSE, labels_BS, weight_VE)
+        return self.loss(self.head(h_BSE, weight_VE), labels_BS)
+
+    def _head_weight(self) -> torch.Tensor:
+        return _handing_over(self.embedding.weight) if self.config.tied else self.head.weight
+
+
+def _handing_over(table: torch.Tensor) -> torch.Tensor:
+    """The embedding's table for the head of a tied model, as a leaf of its own.
+
+    Each share of the gradient is then added to the table's `.grad` as it comes, instead of the head's waiting in the
+    engine for the embedding's through the whole backward pass. The embedding's comes last: then the table's is final.
+    """
+    if not torch.is_grad_enabled():
+        return table
+    alias = table.detach().requires_grad_()
+
+    def hand_over(leaf: torch.Tensor) -> None:
+        assert leaf.grad is not None
+        table.grad = leaf.grad if table.grad is None else table.grad.add_(leaf.grad)
+        leaf.grad = None
+
+    alias.register_post_accumulate_grad_hook(hand_over)
+    return alias
+
+
+def units(model: Decoder) -> dict[str, nn.Module]:
+    """The parts of a decoder in the order in which they run, by name; each layer is one."""
+    parts: dict[str, nn.Module] = {name: module for name, module in model.named_children() if name != "layers"}
+    layers = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+    first = [name for name in ("embedding", "positions") if name in parts]
+    return {**{name: parts.pop(name) for name in first}, **layers, **parts}

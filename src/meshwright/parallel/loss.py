@@ -137,7 +137,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         with scope(head_site):
             x = region.enter(h, head_site).wait()
-        ctx.region, ctx.head_site, ctx.shape = region, head_site, x.shape
+        ctx.region, ctx.head_site, ctx.shape, ctx.dtype = region, head_site, x.shape, weight.dtype
         x_NE, labels_N, w_VE = x.flatten(0, 1), labels.flatten(), weight.to(x.dtype)
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         gradients = _Gradients.zeros(x_NE, weight) if needs_gradients else None
@@ -157,7 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             leaving = ctx.region.leave(dx, ctx.head_site)
             del dx
             dh = leaving.wait()
-        return dh, dw_VE.mul_(dloss), None, None, None, None, None, None
+        return dh, dw_VE.mul_(dloss).to(ctx.dtype), None, None, None, None, None, None
 
 
 class _Gradients(NamedTuple):
@@ -169,7 +169,8 @@ class _Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, x_NE: torch.Tensor, weight: torch.Tensor) -> _Gradients:
-        return cls(torch.empty_like(x_NE), torch.zeros_like(weight), weight.new_ones((), dtype=torch.float64))
+        dw_VE = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
+        return cls(torch.empty_like(x_NE), dw_VE, weight.new_ones((), dtype=torch.float64))
 
 
 def _one_chunk(

@@ -16,6 +16,7 @@ import torch
 
 from meshwright.comm.collectives import Axis, Pending
 from meshwright.comm.scope import scope
+from meshwright.kernels.pointwise import accumulation_dtype
 from meshwright.parallel.sequence import Region
 
 
@@ -132,10 +133,11 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         rows, *foreign = ctx.saved_tensors
         with scope(ctx.site, "backward"):
-            dy = ctx.region.enter(dy, ctx.site).wait().to(ctx.dtype)
+            dy = ctx.region.enter(dy, ctx.site).wait().to(accumulation_dtype(ctx.dtype))
         if foreign:
             dy = dy.masked_fill(foreign[0].unsqueeze(-1), 0)
-        return None, torch.ops.aten.embedding_dense_backward(dy, rows, ctx.num_rows, -1, False), None, None, None
+        dw = torch.ops.aten.embedding_dense_backward(dy, rows, ctx.num_rows, -1, False)
+        return None, dw.to(ctx.dtype), None, None, None
 
 
 def own_rows(tokens: torch.Tensor, num_rows: int, axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:

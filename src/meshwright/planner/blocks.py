@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from meshwright.account import StepAccount
 from meshwright.config.tree import Job
-from meshwright.planner.step import optimise, persistent
+from meshwright.planner.states import states_of
+from meshwright.planner.step import optimise
+from meshwright.schemes.fsdp import Units
 from meshwright.schemes.params import param_specs
-from meshwright.schemes.replicate import sum_naive
-from meshwright.schemes.tape import Group, Sizes, Tape
+from meshwright.schemes.tape import Sizes, Tape
 from meshwright.schemes.tensor import ColumnLinear, RowLinear
 
 
@@ -23,34 +24,45 @@ def formula_of_blocks(job: Job) -> StepAccount:
     """The account of one step of a legal job whose block is `ffn`."""
     layout, training = job.layout, job.training
     specs = param_specs(job.model, layout, training.seq_len)
-    tape = Tape()
-    persistent(tape, specs)
-    with tape.repeat(training.accumulation):
-        _micro_batch(tape, job)
-    sum_naive(tape, specs, Group(layout.gradient_axis or "replicate", layout.gradient_group_size))
-    optimise(tape, specs)
+    states, tape = states_of(job, specs, 0), Tape()
+    states.persist(tape)
+    for times, units in states.micro_batches(training.accumulation):
+        with tape.repeat(times):
+            _micro_batch(tape, job, units)
+    states.finish(tape)
+    optimise(tape, specs, states)
     account = StepAccount.of(tape.trace(), source="formula", rank=0, world=layout.world, job=job.name)
     return replace(account, status="formula")
 
 
-def _micro_batch(tape: Tape, job: Job) -> None:
+def _micro_batch(tape: Tape, job: Job, units: Units) -> None:
     """Each block saves its input and its hidden layer; its output is the next one's input."""
     model, s = job.model, Sizes.of(job.model, job.layout, job.training)
     up, down = ColumnLinear(s, (s.F,), model.bias), RowLinear(s, s.F, model.bias)
     stream = s.N * s.E * s.c
     with tape.at("", "forward"):
         tape.save(stream)
-    with tape.repeat(model.layers), tape.at("layers.*.mlp", "forward"):
-        up.forward(tape, ("saved_activations",))
-        down.forward(tape)
-        tape.free(stream, s.wire_category)  # the next block saves it
-        tape.save(stream)
+    units.enter_model(tape)
+    for run in units.forward_runs(model.layers):
+        with tape.repeat(run.times, first=run.first), tape.at("layers.*.mlp", "forward"):
+            units.enter_layer(tape, run)
+            up.forward(tape, ("saved_activations",))
+            down.forward(tape)
+            tape.free(stream, s.wire_category)  # the next block saves it
+            tape.save(stream)
+            units.leave_layer(tape)
+    units.leave_model(tape)
+    units.reenter_model(tape)
     with tape.at("", "backward"):
         tape.release(stream)
         tape.alloc(stream, s.wire_category)  # the gradient of the last output
-    with tape.repeat(model.layers, first=model.layers - 1, step=-1), tape.at("layers.*.mlp", "backward"):
-        down.backward(tape, release_input=True)
-        tape.free(stream, s.wire_category)
-        up.backward(tape)
+    for run in units.backward_runs(model.layers):
+        with tape.repeat(run.times, first=run.first, step=-1), tape.at("layers.*.mlp", "backward"):
+            units.reenter_layer(tape, run)
+            down.backward(tape, release_input=True)
+            tape.free(stream, s.wire_category)
+            up.backward(tape)
+            units.reduce_layer(tape, run)
     with tape.at("", "backward"):
         tape.free(stream, s.wire_category)
+    units.reduce_model(tape)

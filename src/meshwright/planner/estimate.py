@@ -6,9 +6,6 @@
 Half of the peak is what large matrix products reach in practice; memory-bound operations are not counted apart. A step
 whose device has no published peak, or whose links have no bandwidth, has no time: no number is better than a wrong one.
 
-A collective runs at the speed of its slowest link: its tier is `intra` where every group of its axis lies in one host,
-else `inter`. Of a torus one link counts, since a ring sends to one neighbour, over the link that joins them.
-
 MFU (model FLOP utilisation, Chowdhery et al. 2022, appendix B) is defined here and nowhere else.
 """
 
@@ -17,42 +14,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from meshwright.account import UNKNOWN_AXIS, LedgerKey, Span, StepAccount, Timeline
-from meshwright.config.tree import Cluster, Device, Job, Layout, Link
-from meshwright.planner.step import forward_flops
+from meshwright.account import Span, StepAccount, Timeline
+from meshwright.config.tree import Device, Job, Layout, Link
+from meshwright.planner.flops import EFFICIENCY, forward_flops
+from meshwright.planner.wire import call_seconds, tier
 
-EFFICIENCY = 0.5
 PHASES = ("forward", "recompute", "backward", "optimiser")
 COMPUTE_LANE = "compute"
-
-Tier = Literal["intra", "inter"]
 
 
 def estimate(account: StepAccount, job: Job) -> StepAccount:
     """The account with its timeline filled in; empty where a peak or a bandwidth that it needs is not known."""
     costs = _costs(account, job)
     return replace(account, time_model="sum", timeline=_timeline(costs) if costs is not None else Timeline())
-
-
-def tier(axis: str, group_size: int, layout: Layout, cluster: Cluster) -> Tier:
-    """Whether all groups of an axis lie within hosts; `axis` may be flattened, such as `shard*ring`.
-
-    Its groups divide aligned blocks of consecutive ranks among them, so they do if whole blocks fill a host, or if
-    there is only one host.
-    """
-    if layout.world <= cluster.devices_per_host:
-        return "intra"
-    if axis == UNKNOWN_AXIS:
-        return "inter"
-    block = layout.stride(axis.rpartition("*")[2]) * group_size
-    return "intra" if cluster.devices_per_host % block == 0 else "inter"
-
-
-def call_seconds(key: LedgerKey, link: Link) -> float:
-    """One collective on its own."""
-    return link.latency_seconds + key.wire_bytes / link.bandwidth
 
 
 @dataclass(frozen=True)
@@ -73,10 +48,10 @@ def _costs(account: StepAccount, job: Job) -> list[_Cost] | None:
     sent: dict[tuple[str, str, str, str], float] = defaultdict(float)
     for key, count in account.ledger.rows.items():
         where = tier(key.axis, key.group_size, job.layout, job.cluster)
-        link: Link = getattr(job.cluster, where)
-        if not link.bandwidth:
+        over: Link = getattr(job.cluster, where)
+        if not over.bandwidth:
             return None
-        sent[f"{key.axis}:{where}", key.axis, key.operation, key.phase] += count * call_seconds(key, link)
+        sent[f"{key.axis}:{where}", key.axis, key.operation, key.phase] += count * call_seconds(key, over)
     computed = [_Cost(COMPUTE_LANE, "", "compute", phase, n / (EFFICIENCY * peak)) for phase, n in flops.items() if n]
     costs = computed + [_Cost(*place, seconds) for place, seconds in sorted(sent.items())]
     return sorted(costs, key=lambda cost: PHASES.index(cost.phase))

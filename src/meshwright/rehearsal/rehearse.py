@@ -34,7 +34,7 @@ def rehearse_job(
     with fake_group(job.layout.world, rank):
         world = World.create(job.layout, torch.device("cpu"))
         with fake_tensors():
-            state = State.create(job, world, materialise=False)
+            state = State.create(job, world, values_of=None)
             if instrument is not None:
                 instrument(state.model, world)
             batch = _empty_batch(job, executed)

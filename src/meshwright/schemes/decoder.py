@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from meshwright.config.tree import Model
 from meshwright.schemes.context import SAVED, ContextAttention
+from meshwright.schemes.fsdp import Units
 from meshwright.schemes.local import Activation, Norm, Rope
 from meshwright.schemes.loss import ChunkedCrossEntropy, CrossEntropy
 from meshwright.schemes.recompute import RerunBlock
@@ -121,14 +122,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The whole model for one micro-batch."""
+    """The whole model for one micro-batch, whose parameters are there, or are gathered by `units`."""
 
     model: Model
     sizes: Sizes
+    units: Units = Units()
 
     def forward(self, tape: Tape) -> None:
         """Embedding to loss."""
-        m, s = self.model, self.sizes
+        m, s, units = self.model, self.sizes, self.units
+        units.enter_model(tape)
         learned = m.positions == "learned"
         with tape.at("embedding", "forward"):
             Embedding(s).forward(tape, s.wire_category if learned else SAVED)
@@ -138,8 +141,11 @@ class Decoder:
         else:
             with tape.at("", "forward"):
                 tape.save(self.rotary_bytes)
-        with tape.repeat(m.layers), tape.at(phase="forward"):
-            self._block.forward(tape, "layers.*")
+        for run in units.forward_runs(m.layers):
+            with tape.repeat(run.times, first=run.first), tape.at(phase="forward"):
+                units.enter_layer(tape, run)
+                self._block.forward(tape, "layers.*")
+                units.leave_layer(tape)
         with tape.at("norm", "forward"):
             self._norm.forward(tape, "temporaries" if s.loss_chunk else SAVED)
         if s.loss_chunk:
@@ -147,15 +153,17 @@ class Decoder:
                 ChunkedCrossEntropy(s).forward(tape)
             with tape.at("", "forward"):
                 tape.free(s.M * s.E * s.c)  # the norm's output, of which the loss has kept the gradient
-            return
-        with tape.at("head", "forward"):
-            self._head.forward(tape, ("logits",))
-        with tape.at("loss", "forward"):
-            CrossEntropy(s, s.N).forward(tape)
+        else:
+            with tape.at("head", "forward"):
+                self._head.forward(tape, ("logits",))
+            with tape.at("loss", "forward"):
+                CrossEntropy(s, s.N).forward(tape)
+        units.leave_model(tape)
 
     def backward(self, tape: Tape) -> None:
         """Loss to embedding."""
-        m, s = self.model, self.sizes
+        m, s, units = self.model, self.sizes, self.units
+        units.reenter_model(tape)
         if s.loss_chunk:
             with tape.at("loss", "backward"):
                 ChunkedCrossEntropy(s).backward(tape)
@@ -167,17 +175,25 @@ class Decoder:
         with tape.at("norm", "backward"):
             dh_category = ChunkedCrossEntropy(s).dh_category if s.loss_chunk else s.wire_category
             self._norm.backward(tape, dh_category=dh_category, residual=False)
-        with tape.repeat(m.layers - 1, first=m.layers - 1, step=-1), tape.at(phase="backward"):
-            self._block.backward(tape, "layers.*")
-        with tape.at(phase="backward"):
-            self._block.backward(tape, "layers.0", rotary_bytes=0 if m.positions == "learned" else self.rotary_bytes)
+        for run in units.backward_runs(m.layers):
+            tables = self.rotary_bytes if run.first == 0 and m.positions == "rope" else 0
+            with tape.repeat(run.times, first=run.first, step=-1), tape.at(phase="backward"):
+                units.reenter_layer(tape, run)
+                self._block.backward(tape, "layers.*", rotary_bytes=tables)
+                units.reduce_layer(tape, run)
         if m.positions == "learned":
             with tape.at("positions", "backward"):
                 table, rows = s.seq_len * s.E * FLOAT32, s.M // s.B * s.E * FLOAT32
-                with tape.holding(table), tape.holding(rows):
+                tape.alloc(table)
+                with tape.holding(rows):
                     tape.elementwise(s.M * s.E * s.c + 3 * table + rows)
+                if s.casts_gradients:
+                    tape.alloc(s.seq_len * s.E * s.p)
+                    tape.free(table)
+                tape.accumulate(s.seq_len * s.E * s.p)
         with tape.at("embedding", "backward"):
-            Embedding(s).backward(tape)
+            Embedding(s).backward(tape, tied=m.tied)
+        units.reduce_model(tape)
 
     @property
     def rotary_bytes(self) -> int:
@@ -187,10 +203,10 @@ class Decoder:
     def _add_positions(self, tape: Tape) -> None:
         s = self.sizes
         rows = s.M // s.B * s.E
-        if s.casts:
+        if s.casts_weights:
             tape.alloc(rows * FLOAT32)
         with tape.holding(rows * s.c):
-            if s.casts:
+            if s.casts_weights:
                 tape.free(rows * FLOAT32)
             tape.save(s.M * s.E * s.c)
             tape.elementwise(2 * s.M * s.E * s.c + rows * (2 * FLOAT32 + s.c))

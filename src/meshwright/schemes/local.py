@@ -62,9 +62,11 @@ class Norm:
             tape.free(s.M * s.E * s.c)
         tape.release(s.M * s.E * s.c)
         tape.release(self.saved_bytes)
-        tape.free(weight)
-        if self.kind == "layernorm" and self.biased:
-            tape.free(weight)
+        count = 2 if self.kind == "layernorm" and self.biased else 1
+        if s.casts_gradients:
+            tape.alloc(count * s.E * s.p)
+            tape.free(count * weight)
+        tape.accumulate(count * s.E * s.p)
 
 
 @dataclass(frozen=True)

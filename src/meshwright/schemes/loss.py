@@ -122,7 +122,7 @@ class ChunkedCrossEntropy:
         return self.sizes.wire_category if self.sizes.split else LOGITS
 
     def backward(self, tape: Tape) -> None:
-        """Scales the gradients: makes that of the head's input, frees the weight's once it is accumulated."""
+        """Scales the gradients: makes that of the head's input, accumulates the weight's."""
         s, region = self.sizes, Region(self.sizes)
         tape.alloc(FLOAT32, LOGITS)
         if s.casts:
@@ -145,4 +145,8 @@ class ChunkedCrossEntropy:
                 tape.free(region.whole_bytes, LOGITS)
         if s.casts or s.split:
             tape.free(region.whole_bytes, LOGITS)
-        tape.free(self._weight_bytes + FLOAT32, LOGITS)
+        if s.casts_gradients:
+            tape.alloc(s.V * s.E * s.p, LOGITS)
+            tape.free(self._weight_bytes, LOGITS)
+        tape.accumulate(s.V * s.E * s.p, LOGITS)
+        tape.free(FLOAT32, LOGITS)

@@ -13,21 +13,22 @@ in a step of one micro-batch of `batch` sequences of `seq` tokens, which all ran
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from meshwright.account import Ledger, LedgerKey, Memory, Trace, wire_bytes
-from meshwright.config.legality import divisors
-from meshwright.config.tree import Cluster, Layout, Model, Training
-from meshwright.errors import UserError
+from meshwright.config.tree import Cluster, Layout
 from meshwright.schemes.decoder import Block
+from meshwright.schemes.fsdp import FullyShardedUnits, Run, Unit, Units
 from meshwright.schemes.params import ParamSpec, param_specs
-from meshwright.schemes.replicate import sum_naive
+from meshwright.schemes.question import Question, hybrid
+from meshwright.schemes.replicate import Strategy, buckets, synchronise
+from meshwright.schemes.shard import gather_parameters, scatter_gradients
 from meshwright.schemes.tape import DTYPE_NAMES, ITEMSIZES, Group, Sizes, Tape
 
 ITEMSIZES_BY_DTYPE = {DTYPE_NAMES[precision]: itemsize for precision, itemsize in ITEMSIZES.items()}
-LARGEST, LARGEST_DEGREE = 2**40, 2**10
+BUCKET_BYTES = 25 * 2**20
 
 NOTES = (
     "One block on the busiest rank; bf16, gradients float32. Sent: by that rank, under the ring algorithm.",
@@ -39,59 +40,49 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Question:
-    """A block, its batch, and the ranks that divide it. `of` checks that every scheme can."""
+class StatesOfBlock:
+    """What a layout does with the parameters of one block and their gradients."""
 
-    seq: int
-    hidden: int
-    degree: int
-    batch: int
-    heads: int
-    kv_heads: int
-
-    @classmethod
-    def of(
-        cls,
-        seq: int,
-        hidden: int,
-        degree: int,
-        batch: int = 1,
-        heads: int | None = None,
-        kv_heads: int | None = None,
-    ) -> Question:
-        """Heads of 128 where the sizes allow, and as many key-value heads, unless given.
-
-        Raises UserError with a line for each mistake.
-        """
-        given = {"seq": seq, "hidden": hidden, "degree": degree, "batch": batch, "heads": heads, "kv-heads": kv_heads}
-        if mistakes := _mistakes({name: value for name, value in given.items() if value is not None}):
-            raise UserError("\n".join(mistakes))
-        heads = heads or _default_heads(hidden, degree)
-        return cls(seq, hidden, degree, batch, heads, kv_heads or heads)
+    layout: Layout
+    specs: tuple[ParamSpec, ...]
 
     @property
-    def model(self) -> Model:
-        """A model of one block."""
-        return Model(
-            block="decoder",
-            layers=1,
-            d_model=self.hidden,
-            d_ff=4 * self.hidden,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
-            norm="layernorm",
-            positions="learned",
-            mlp="gelu",
+    def group(self) -> Group:
+        """The ranks that divide the states."""
+        return Group(self.layout.state_axis or "shard", self.layout.state_group_size)
+
+    @property
+    def units(self) -> Units:
+        """One unit, if it is fully sharded."""
+        if self.layout.zero_stage < 2 or not self.layout.state_axes:
+            return Units()
+        return FullyShardedUnits(
+            layer=Unit.of(self.specs, self.group.size),
+            root=Unit.of((), self.group.size),
+            num_layers=0,
+            group=self.group,
+            replicas=Group("replicate", self.layout.replicate),
+            reshards=self.layout.zero_stage == 3,
+            prefetch=1,
+            dtype="bfloat16",
+            p=2,
+            reduce_dtype="float32",
+            r=4,
+            is_first=True,
+            is_last=True,
         )
 
-    def training(self, layout: Layout) -> Training:
-        """One micro-batch a step."""
-        return Training(batch=self.batch * layout.batch_ranks, seq_len=self.seq, precision="bf16", device="cuda")
-
-
-def _default_heads(hidden: int, degree: int) -> int:
-    return hidden // math.gcd(hidden // degree, 128)  # so that each rank has whole heads
+    def sum(self, tape: Tape) -> None:
+        """Gradients that live in buckets."""
+        layout = self.layout
+        if layout.zero_stage >= 2:
+            return
+        parts = buckets(self.specs, layout.gradients, BUCKET_BYTES, self.group.size)
+        if not layout.state_axes:
+            synchronise(tape, parts, Group(layout.gradient_axis, layout.gradient_group_size))
+            return
+        scatter_gradients(tape, parts, self.group, Group("replicate", layout.replicate))
+        gather_parameters(tape, parts, self.group)
 
 
 # --- the schemes ------------------------------------------------------------------------------------------------------
@@ -106,7 +97,8 @@ class Scheme:
     """How it lays out so many ranks."""
     splits: str
     overlaps: str
-    gradients: Callable[[Tape, tuple[ParamSpec, ...], Group], None] | None = None
+    of_states: bool = False
+    """Whether the row is what states cost: gradients and parameters, not activations, are sent."""
 
     def splits_of(self, question: Question) -> str:
         """What is split, the degrees filled in."""
@@ -122,24 +114,47 @@ class Scheme:
         layout, model = self.layout(question.degree), question.model
         sizes = Sizes.of(model, layout, question.training(layout), (layout.ring - 1) * layout.stride("ring"))
         block, tape = Block(model, sizes), Tape()
-        with tape.at(phase="forward"):
-            block.forward(tape, "layers.0")
-        with tape.at(phase="backward"):
-            block.backward(tape, "layers.0")
-        if self.gradients is not None:
-            specs = param_specs(model, layout, question.seq)
-            own = tuple(spec for spec in specs if spec.name.startswith("layers.0."))
-            self.gradients(tape, own, Group(layout.gradient_axis, layout.gradient_group_size))
+        specs = param_specs(model, layout, question.seq)
+        states = StatesOfBlock(layout, tuple(spec for spec in specs if spec.name.startswith("layers.0.")))
+        units = states.units if self.of_states else Units()
+        with tape.at(phase="forward"), tape.repeat(1):
+            units.enter_layer(tape, Run(0, 1))
+            block.forward(tape, "layers.*")
+            units.leave_layer(tape)
+        with tape.at(phase="backward"), tape.repeat(1):
+            if isinstance(units, FullyShardedUnits) and units.reshards:
+                units.gather(tape, units.layer)  # in a model, the layer after it does
+            units.reenter_layer(tape, Run(0, 1))
+            block.backward(tape, "layers.*")
+            units.reduce_layer(tape, Run(0, 1))
+        if self.of_states:
+            states.sum(tape)
         return tape.trace()
 
 
-def hybrid(degree: int) -> Layout:
-    """Ulysses × ring, the degrees as even as they come: ulysses is the largest divisor up to the root of the degree."""
-    ulysses = max(divisor for divisor in divisors(degree) if divisor * divisor <= degree)
-    return Layout(ulysses=ulysses, ring=degree // ulysses)
-
-
 _HOPS = "each hop under a step's attention, but dK and dV's last"
+
+_FSDP = "gathers under the unit before, sums under the next"
+_STAGES = {
+    1: ("ZeRO-1", "batch; optimiser states", "as bucketed; parameters under the next forward"),
+    2: ("ZeRO-2 (fully_shard)", "batch; all states", _FSDP),
+    3: ("ZeRO-3 (fully_shard)", "batch; all states", _FSDP),
+}
+_STRATEGIES: dict[Strategy, str] = {
+    "naive": "nothing",
+    "flat": "nothing",
+    "per_parameter": "each gradient under backward",
+    "bucketed": "each bucket under backward",
+}
+
+
+def _replicas(degree: int, *, gradients: Strategy) -> Layout:
+    return Layout(replicate=degree, gradients=gradients)
+
+
+def _sharded(degree: int, *, zero: int) -> Layout:
+    return Layout(shard=degree, zero=zero if degree > 1 else 0)
+
 
 SCHEMES = (
     Scheme(
@@ -173,7 +188,20 @@ SCHEMES = (
         "sequence; heads: ulysses {layout.ulysses} × ring {layout.ring}",
         "hops as in a ring; exchanges under nothing",
     ),
-    Scheme("data parallelism, naive", lambda degree: Layout(replicate=degree), "batch", "nothing", sum_naive),
+    *(
+        Scheme(
+            f"data parallelism, {gradients.replace('_', ' ')}",
+            functools.partial(_replicas, gradients=gradients),
+            "batch",
+            overlaps,
+            of_states=True,
+        )
+        for gradients, overlaps in _STRATEGIES.items()
+    ),
+    *(
+        Scheme(name, functools.partial(_sharded, zero=zero), splits, overlaps, of_states=True)
+        for zero, (name, splits, overlaps) in _STAGES.items()
+    ),
 )
 
 
@@ -189,9 +217,11 @@ class Row:
     operation: str
     calls_forward: int
     calls_backward: int
+    calls_optimiser: int
     elements: int
     elements_forward: int
     elements_backward: int
+    elements_optimiser: int
     bytes: int
     wire_bytes: int
     payload_bytes: int
@@ -217,7 +247,8 @@ def rows(question: Question) -> tuple[Row, ...]:
 def _row(scheme: Scheme, question: Question) -> Row:
     trace = scheme.trace(question)
     ledger = Ledger.of(trace)
-    calls = {phase: sum(n for key, n in ledger.rows.items() if key.phase == phase) for phase in ("forward", "backward")}
+    phases = ("forward", "backward", "optimiser")
+    calls = {phase: sum(n for key, n in ledger.rows.items() if key.phase == phase) for phase in phases}
     elements = {
         phase: sum(n * _sent_elements(key) for key, n in ledger.rows.items() if key.phase == phase) for phase in calls
     }
@@ -228,9 +259,11 @@ def _row(scheme: Scheme, question: Question) -> Row:
         operation=", ".join(sorted({key.operation for key in ledger.rows})) or "none",
         calls_forward=calls["forward"],
         calls_backward=calls["backward"],
+        calls_optimiser=calls["optimiser"],
         elements=sum(elements.values()),
         elements_forward=elements["forward"],
         elements_backward=elements["backward"],
+        elements_optimiser=elements["optimiser"],
         bytes=sent,
         wire_bytes=sent,
         payload_bytes=sum(n * key.payload_bytes for key, n in ledger.rows.items()),
@@ -259,108 +292,6 @@ def saved_bytes(trace: Trace) -> int:
     """Saved activations that forward adds: the input of the next block stands for that of this one."""
     return sum(
         event.delta_bytes
-        for event in trace.events
+        for event in trace.expanded()
         if isinstance(event, Memory) and event.category == "saved_activations" and event.phase == "forward"
     )
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
-
-
-def _mistakes(given: dict[str, int]) -> list[str]:
-    """Every broken rule of the sizes that were given; one between two numbers is asked only where both are in range."""
-    limits = dict.fromkeys(given, LARGEST) | {"degree": LARGEST_DEGREE}
-    beyond = {name: value for name, value in given.items() if not 1 <= value <= limits[name]}
-    known = {name: value for name, value in given.items() if name not in beyond}
-    return [
-        *(
-            f"--{name} {value} must be between 1 and {limits[name]}: use {1 if value < 1 else limits[name]}"
-            for name, value in beyond.items()
-        ),
-        *_mistakes_of_heads(known, chosen="heads" in given),
-        *_mistakes_of_kv_heads(known, chosen="heads" in given),
-        *_mistakes_of_seq(known),
-    ]
-
-
-def _mistakes_of_heads(known: dict[str, int], *, chosen: bool) -> list[str]:
-    hidden, degree, heads = (known.get(name, 0) for name in ("hidden", "degree", "heads"))
-    found = []
-    if not chosen and hidden and degree and hidden % degree:
-        found.append(
-            f"--degree {degree} does not divide --hidden {hidden} (each rank holds as many heads): "
-            f"use a degree of {_around(_degrees(known), degree)}, or a hidden of {_multiples(degree, hidden)}"
-        )
-    if heads and hidden and hidden % heads:
-        found.append(
-            f"--heads {heads} does not divide --hidden {hidden} (each head is an equal part of the width): "
-            f"use {_around(divisors(hidden), heads)}"
-        )
-    if heads and degree and heads % degree:
-        found.append(
-            f"--degree {degree} {'is above' if degree > heads else 'does not divide'} --heads {heads} (tensor "
-            f"parallelism and Ulysses give each rank as many whole heads): use {_around(_degrees(known), degree)}"
-        )
-    return found
-
-
-def _mistakes_of_kv_heads(known: dict[str, int], *, chosen: bool) -> list[str]:
-    hidden, degree, heads, kv_heads = (known.get(name, 0) for name in ("hidden", "degree", "heads", "kv-heads"))
-    if not chosen and hidden and degree and hidden % degree == 0:
-        heads = _default_heads(hidden, degree)
-    found = []
-    if kv_heads and heads and heads % kv_heads:
-        found.append(
-            f"--kv-heads {kv_heads} does not divide {'--' if chosen else 'the '}heads {heads} (each KV head serves as "
-            f"many query heads): use {_around(divisors(heads), kv_heads)}"
-        )
-    if kv_heads and degree and not _divides_kv_heads(degree, kv_heads):
-        layout = hybrid(degree)
-        who = f"--degree {degree}"
-        if kv_heads % degree == 0 or degree % kv_heads == 0:
-            who += f" = ulysses {layout.ulysses} × ring {layout.ring}, whose ulysses"
-        found.append(
-            f"{who} neither divides --kv-heads {kv_heads} nor is a multiple of it (ranks split the KV heads evenly or "
-            f"replicate them): use {_around(_degrees(known), degree)}"
-        )
-    return found
-
-
-def _divides_kv_heads(degree: int, kv_heads: int) -> bool:
-    """For tensor parallelism and Ulysses, and for the ulysses of the hybrid."""
-    return all(kv_heads % ranks == 0 or ranks % kv_heads == 0 for ranks in (degree, hybrid(degree).ulysses))
-
-
-def _mistakes_of_seq(known: dict[str, int]) -> list[str]:
-    seq, degree = known.get("seq", 0), known.get("degree", 0)
-    if not seq or _divides_sequence(degree, seq):
-        return []
-    return [
-        f"--seq {seq} is not divisible by 2 × --degree = {2 * degree} (a zigzag ring gives each rank two chunks of as "
-        f"many tokens): use {_multiples(2 * degree, seq)}"
-    ]
-
-
-def _divides_sequence(degree: int, seq: int) -> bool:
-    return degree <= 1 or seq % (2 * degree) == 0
-
-
-def _degrees(known: dict[str, int]) -> list[int]:
-    """Legal degrees by all the sizes that are in range: there is always 1."""
-    kv_heads, seq = known.get("kv-heads", 1), known.get("seq", 0)
-    return [
-        degree
-        for degree in divisors(known.get("heads") or known.get("hidden", 1))
-        if degree <= LARGEST_DEGREE and _divides_kv_heads(degree, kv_heads) and _divides_sequence(degree, seq)
-    ]
-
-
-def _around(legal: list[int], value: int) -> str:
-    """The legal numbers next below and next above."""
-    below = [number for number in legal if number < value][-1:]
-    return " or ".join(map(str, below + [number for number in legal if number > value][:1]))
-
-
-def _multiples(step: int, value: int) -> str:
-    """The multiples next below and next above."""
-    return " or ".join(str(multiple) for multiple in (value // step * step, (value // step + 1) * step) if multiple)

@@ -70,6 +70,8 @@ class Sizes:
     """Tokens whose logits exist at a time; 0 is all."""
     documents: bool = False
     """Whether attention stays within documents."""
+    gathers: bool = False
+    """Whether weights are gathered for each use, in the compute dtype, which is then their gradients', too (ZeRO-3)."""
 
     @classmethod
     def of(cls, model: Model, layout: Layout, training: Training, rank: int = 0) -> Sizes:
@@ -96,6 +98,7 @@ class Sizes:
             recompute=layout.recompute,
             loss_chunk=training.loss_chunk,
             documents=training.documents == "separate",
+            gathers=layout.zero_stage >= 2,
         )
 
     @property
@@ -129,6 +132,21 @@ class Sizes:
         return self.c != FLOAT32
 
     @property
+    def p(self) -> int:
+        """Bytes of a number of a parameter as its function sees it, and of its gradient."""
+        return self.c if self.gathers else FLOAT32
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether a weight is cast where it is used."""
+        return self.p != self.c
+
+    @property
+    def casts_gradients(self) -> bool:
+        """Whether a gradient that was summed in float32 is cast to that of its parameter."""
+        return self.p != FLOAT32
+
+    @property
     def tensor(self) -> Group:
         """The tensor axis."""
         return Group("tensor", self.T)
@@ -159,6 +177,7 @@ class Tape:
         self._ticket = 0
         self.keeps = True
         """Whether autograd keeps what is saved."""
+        self._held: list[dict[str, int]] = []
 
     def trace(self) -> Trace:
         """What was written."""
@@ -214,6 +233,21 @@ class Tape:
     def release(self, nbytes: int) -> None:
         """Autograd lets go of it."""
         self.free(nbytes, "saved_activations")
+
+    def accumulate(self, nbytes: int, category: str = "temporaries") -> None:
+        """Autograd has the gradient of a parameter: freed once added to where gradients live, unless it is held."""
+        if self._held:
+            self._held[-1][category] = self._held[-1].get(category, 0) + nbytes
+        else:
+            self.free(nbytes, category)
+
+    def hold_gradients(self) -> None:
+        """From now on gradients of parameters stay as they were made, until they are taken. Calls nest."""
+        self._held.append({})
+
+    def take_gradients(self) -> dict[str, int]:
+        """Bytes, by category, of the gradients held since the last `hold_gradients`: the caller's to free."""
+        return self._held.pop()
 
     @contextmanager
     def holding(self, nbytes: int, category: str = "temporaries") -> Iterator[None]:

@@ -44,7 +44,7 @@ class ColumnLinear:
         """Frees the dy_i (temporaries unless said otherwise), releases x, makes dx (category `Sizes.wire_category`)."""
         s, region = self.sizes, Region(self.sizes)
         if self.biased:
-            tape.alloc(sum(self.features) * FLOAT32)
+            tape.alloc(sum(self.features) * s.p)
         entering = region.enter(tape)
         for i, F in enumerate(self.features):
             with cast_weight(tape, s, F * s.E):
@@ -61,7 +61,7 @@ class ColumnLinear:
         for i, F in enumerate(self.features):
             tape.free(s.N * F * s.c, dy_categories[i] if dy_categories else "temporaries")
         tape.release(s.M * s.E * s.c)
-        tape.free(sum(self.features) * (s.E + self.biased) * FLOAT32)
+        tape.accumulate(sum(self.features) * (s.E + self.biased) * s.p)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RowLinear:
         """Makes dx. dy is the gradient of the residual stream and lives on; x may be held by others too."""
         s, region = self.sizes, Region(self.sizes)
         if self.biased:
-            tape.alloc(s.E * FLOAT32)
+            tape.alloc(s.E * s.p)
         region.entered(tape, region.enter(tape))
         with cast_weight(tape, s, s.E * self.F):
             tape.alloc(s.N * self.F * s.c)
@@ -94,26 +94,26 @@ class RowLinear:
         region.close(tape)
         if release_input:
             tape.release(s.N * self.F * s.c)
-        tape.free(s.E * (self.F + self.biased) * FLOAT32)
+        tape.accumulate(s.E * (self.F + self.biased) * s.p)
 
 
 def cast_weight(tape: Tape, sizes: Sizes, numel: int) -> AbstractContextManager[None]:
     """A weight in the compute dtype, for the length of one product."""
-    nbytes = numel * sizes.c if sizes.casts else 0
-    tape.elementwise(nbytes + numel * FLOAT32 * sizes.casts)
+    nbytes = numel * sizes.c if sizes.casts_weights else 0
+    tape.elementwise(nbytes + numel * FLOAT32 * sizes.casts_weights)
     return tape.holding(nbytes, "cast_weights")
 
 
 def weight_gradient(tape: Tape, sizes: Sizes, out: int, into: int) -> None:
-    """dy.T @ x, cast to float32; freed by the caller once it is accumulated."""
-    if sizes.casts:
+    """dy.T @ x, in the dtype of the parameter's gradient; accumulated by the caller."""
+    if sizes.casts_weights:
         with tape.holding(out * into * sizes.c):
             tape.matmul(out, sizes.N, into, sizes.c)
             tape.alloc(out * into * FLOAT32)
     else:
         tape.matmul(out, sizes.N, into, sizes.c)
-        tape.alloc(out * into * FLOAT32)
-    tape.elementwise(3 * out * into * FLOAT32)
+        tape.alloc(out * into * sizes.p)
+    tape.elementwise(3 * out * into * sizes.p)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Embedding:
             tape.save(self.saved_bytes)
             with tape.holding(s.N * BOOL):
                 pass
-        if s.casts:
+        if s.casts_weights:
             with tape.holding(s.N * s.E * FLOAT32):
                 region.make(tape, category)
         else:
@@ -143,8 +143,8 @@ class Embedding:
         region.left(tape, region.leave(tape, category))
         region.let_go(tape)
 
-    def backward(self, tape: Tape) -> None:
-        """Frees dx; makes the gradient of the table, freed once accumulated."""
+    def backward(self, tape: Tape, *, tied: bool) -> None:
+        """Frees dx; makes the gradient of the table, to be added to the head's if they are tied."""
         s, region = self.sizes, Region(self.sizes)
         full, table = s.N * s.E * FLOAT32, s.V * s.E * FLOAT32
         region.entered(tape, region.enter(tape))
@@ -157,9 +157,16 @@ class Embedding:
                 tape.free(full)
             else:
                 region.close(tape)
-        with tape.holding(table):
-            tape.elementwise(2 * full + 3 * table)
-            if s.T > 1 or s.casts:
-                tape.free(full)
-            tape.free(s.M * s.E * s.c)
-            tape.release(self.saved_bytes)
+        tape.alloc(table)
+        tape.elementwise(2 * full + 3 * table)
+        if s.casts_gradients:
+            tape.alloc(s.V * s.E * s.p)
+            tape.free(table)
+        if s.T > 1 or s.casts:
+            tape.free(full)
+        tape.free(s.M * s.E * s.c)
+        tape.release(self.saved_bytes)
+        if tied:
+            tape.free(s.V * s.E * s.p)
+        else:
+            tape.accumulate(s.V * s.E * s.p)

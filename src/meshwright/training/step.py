@@ -6,6 +6,7 @@ sum of token losses divided by the number of labelled tokens of the whole global
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,11 +17,13 @@ from meshwright.audit.recorder import Recorder
 from meshwright.comm.mesh import World
 from meshwright.comm.scope import scope
 from meshwright.config.tree import Job
-from meshwright.model.build import build, specs_of
+from meshwright.model.build import Values, build, initial_values, specs_of
 from meshwright.model.decoder import Decoder
 from meshwright.parallel.loss import IGNORE
+from meshwright.parallel.replicate import Owned, States
 from meshwright.schemes.params import ParamSpec
 from meshwright.training import gradients
+from meshwright.training.states import states_of
 
 STEP_SITE = "step"
 
@@ -50,31 +53,30 @@ class StepResult(NamedTuple):
 
 @dataclass
 class State:
-    """What a step changes: the model (with persistent gradients) and the optimiser."""
+    """What a step changes: the model, its states, and the optimiser, which steps what this rank owns of them."""
 
     job: Job
     model: Decoder
     specs: tuple[ParamSpec, ...]
+    states: States
     optimiser: torch.optim.Optimizer
 
     @classmethod
-    def create(cls, job: Job, world: World, *, float64: bool = False, materialise: bool = True) -> State:
-        """Build and initialise everything that a job needs on this rank."""
-        model = build(job, world, float64=float64, materialise=materialise)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        for spec in (specs := specs_of(job)):
-            if spec.partial_over is not None:
-                world.neighbours(*spec.partial_over)  # make the groups now: inside a step it would be too late
-        return cls(job, model, specs, _adamw(job, model, specs))
+    def create(
+        cls, job: Job, world: World, *, values_of: Values | None = initial_values, float64: bool = False
+    ) -> State:
+        """Build and initialise everything that a job needs on this rank; arguments as of `model.build.build`."""
+        model, specs = build(job, world, values_of=values_of, float64=float64), specs_of(job)
+        states = states_of(job, model, specs, world)
+        return cls(job, model, specs, states, _adamw(job, states.owned))
 
 
-def _adamw(job: Job, model: Decoder, specs: tuple[ParamSpec, ...]) -> torch.optim.Optimizer:
+def _adamw(job: Job, owned: Sequence[Owned]) -> torch.optim.Optimizer:
     """Fused AdamW: no copies of parameters or gradients while it steps."""
     training = job.training
     groups = [
         {
-            "params": [model.get_parameter(spec.name) for spec in specs if spec.decay == decay],
+            "params": [parameter for spec, parameter in owned if spec.decay == decay],
             "weight_decay": training.weight_decay if decay else 0.0,
         }
         for decay in (True, False)
@@ -86,8 +88,9 @@ def _adamw(job: Job, model: Decoder, specs: tuple[ParamSpec, ...]) -> torch.opti
 def step(state: State, batch: Batch, world: World) -> StepResult:
     """Forward, backward, gradient synchronisation, clipping, optimiser. Collective over the world."""
     loss = forward_backward(state, batch, world)
-    grad_norm = gradients.clip(state.model, state.specs, world, state.job.training.clip_norm)
+    grad_norm = gradients.clip(state.states.owned, state.specs, world, state.job.training.clip_norm)
     state.optimiser.step()
+    state.states.publish()
     return StepResult(loss, grad_norm)
 
 
@@ -100,20 +103,26 @@ def audited_step(state: State, batch: Batch, world: World) -> tuple[StepResult, 
 
 
 def forward_backward(state: State, batch: Batch, world: World) -> torch.Tensor:
-    """Leave the gradients of the mean token loss of the global batch in `.grad`; return that loss."""
+    """Leave the gradients of the mean token loss of the global batch in what is owned; return that loss."""
     with scope(STEP_SITE, "forward"):
         count = (batch.labels != IGNORE).sum()
-        world.gradient_axis.all_reduce(count, site=STEP_SITE).wait()
+        counting = world.gradient_axis.all_reduce(count, site=STEP_SITE)  # backward needs it, forward does not
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        one_over_count = 1.0 / count.to(torch.float64)
+        one_over_count = torch.zeros((), dtype=torch.float64, device=world.device)
     with scope(STEP_SITE, "backward"):
-        torch._foreach_zero_([p.grad for p in state.model.parameters()])  # type: ignore[misc]  # all have one
+        state.states.begin()
     firsts = [None] * len(batch.tokens) if batch.first is None else batch.first
-    for tokens_BS, labels_BS, first_BS in zip(batch.tokens, batch.labels, firsts, strict=True):
+    for index, (tokens_BS, labels_BS, first_BS) in enumerate(zip(batch.tokens, batch.labels, firsts, strict=True)):
         loss = state.model(tokens_BS, labels_BS, batch.positions, first_BS)
+        if index == 0:
+            with scope(STEP_SITE, "forward"):
+                one_over_count.copy_(counting.wait()).reciprocal_()
+        if index + 1 == len(batch.tokens):
+            state.states.last()
         loss.backward(one_over_count)
         total += loss.detach()
         del loss
-    gradients.synchronise(state.model, state.specs, world)
+    with scope(STEP_SITE, "backward"):
+        state.states.finish()
     world.gradient_axis.all_reduce(total, site=STEP_SITE, phase="forward").wait()
     return total * one_over_count

@@ -129,15 +129,20 @@ def profiled_peak(state: State, batch: Batch, world: World) -> int:
 
 def _gather_in_place(gathered: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> dist.Work:
     """An all-gather without the copies that gloo makes of whole tensors, which the profiler would see."""
-    own = gathered.zero_().chunk(group.size())[group.rank()]
-    own.copy_(part)
+    for rank, share in enumerate(gathered.chunk(group.size())):
+        if rank != group.rank():
+            share.zero_()
+        elif share.data_ptr() != part.data_ptr():
+            share.copy_(part)
     return _summed(gathered, group)
 
 
 def _scatter_in_place(part: torch.Tensor, parts: torch.Tensor, group: Any, async_op: bool) -> dist.Work:
     """A reduce-scatter without the copies that gloo makes of whole tensors."""
     work = _summed(parts, group)
-    part.copy_(parts.chunk(group.size())[group.rank()])
+    own = parts.chunk(group.size())[group.rank()]
+    if own.data_ptr() != part.data_ptr():
+        part.copy_(own)
     return work
 
 
@@ -156,9 +161,11 @@ class _Onlooker:
 
 
 def _persistent(state: State) -> Iterator[torch.Tensor]:
-    for spec in state.specs:
-        parameter = state.model.get_parameter(spec.name)
-        assert parameter.grad is not None
-        yield parameter
-        yield parameter.grad
-        yield from state.optimiser.state[parameter].values()
+    """One tensor for each storage that outlives a step."""
+    found: dict[int, torch.Tensor] = {}
+    parameters = [*state.model.parameters(), *(parameter for _, parameter in state.states.owned)]
+    for parameter in parameters:
+        for tensor in (parameter, parameter.grad, *state.optimiser.state[parameter].values()):
+            if tensor is not None:
+                found.setdefault(torch_private.storage_key(tensor.untyped_storage()), tensor)
+    yield from found.values()

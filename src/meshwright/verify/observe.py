@@ -10,7 +10,7 @@ import torch
 from meshwright.account import StepAccount
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
-from meshwright.model.build import local_part
+from meshwright.model.build import initial_values
 from meshwright.model.decoder import Decoder
 from meshwright.parallel.loss import IGNORE
 from meshwright.schemes.params import ParamSpec
@@ -56,8 +56,7 @@ def observe_reference(job: Job, *, float64: bool) -> Observation:
 
 
 def _prepare(job: Job, world: World, instrument: Instrument | None, *, float64: bool = False) -> State:
-    state = State.create(job, world, float64=float64)
-    randomise(state.model, state.specs, world)
+    state = State.create(job, world, values_of=random_values, float64=float64)
     if instrument is not None:
         instrument(state.model, world)
     return state
@@ -66,22 +65,16 @@ def _prepare(job: Job, world: World, instrument: Instrument | None, *, float64: 
 def _observe(state: State, batch: Batch, world: World) -> Observation:
     with probing(state.model) as probes:
         loss = forward_backward(state, batch, world)
-    gradients = {}
-    for spec in state.specs:
-        gradient = state.model.get_parameter(spec.name).grad
-        assert gradient is not None, spec.name
-        gradients[spec.name] = gradient.detach().clone().cpu()
+    gradients = {spec.name: state.states.whole_gradient(spec).detach().clone().cpu() for spec in state.specs}
     return Observation(world.layout.coordinates(world.rank), float(loss), gradients, probes)
 
 
-def randomise(model: Decoder, specs: tuple[ParamSpec, ...], world: World) -> None:
-    """Fill norm weights and biases with random values: at ones and zeros, wrong gradients of theirs could hide."""
-    with torch.no_grad():
-        for spec in specs:
-            if spec.init != "normal":
-                generator = torch.Generator().manual_seed(spec.seed(0))
-                full = torch.empty(spec.shape).normal_(std=0.2, generator=generator) + float(spec.init == "ones")
-                model.get_parameter(spec.name).copy_(local_part(full, spec, world))
+def random_values(spec: ParamSpec, seed: int) -> torch.Tensor:
+    """Initial values, but random for norm weights and biases: at ones and zeros, their wrong gradients could hide."""
+    if spec.init == "normal":
+        return initial_values(spec, seed)
+    generator = torch.Generator().manual_seed(spec.seed(0))
+    return torch.empty(spec.shape).normal_(std=0.2, generator=generator) + float(spec.init == "ones")
 
 
 def own_batch(job: Job, rank: int) -> Batch:

@@ -1,0 +1,31 @@
+"""FLOPs of a pass, and how long they take."""
+
+from __future__ import annotations
+
+from meshwright.account import EXACT_KINDS, Work
+from meshwright.config.tree import Job
+from meshwright.schemes.decoder import Decoder
+from meshwright.schemes.tape import Sizes, Tape
+from meshwright.schemes.tensor import ColumnLinear, RowLinear
+
+EFFICIENCY = 0.5
+"""Share of the peak that large matrix products reach in practice."""
+
+
+def forward_flops(job: Job) -> int:
+    """FLOPs of matrix products and attention in the forward pass of one micro-batch."""
+    sizes, tape = Sizes.of(job.model, job.layout, job.training), Tape()
+    if job.model.block == "ffn":
+        up, down = ColumnLinear(sizes, (sizes.F,), job.model.bias), RowLinear(sizes, sizes.F, job.model.bias)
+        with tape.repeat(job.model.layers), tape.at(phase="forward"):
+            up.forward(tape, ("saved_activations",))
+            down.forward(tape)
+    else:
+        Decoder(job.model, sizes).forward(tape)
+    return sum(Work.of(tape.trace()).flops(phase="forward", kind=kind) for kind in EXACT_KINDS)
+
+
+def backward_seconds(job: Job) -> float | None:
+    """Of one micro-batch: twice the forward's products; None where the device has no known peak."""
+    peak = job.cluster.device.peak_flops.get(job.training.precision)
+    return 2 * forward_flops(job) / (EFFICIENCY * peak) if peak else None

@@ -1,0 +1,209 @@
+"""Parameters, gradients and optimiser states of a rank by formula: `training.states`, as a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from meshwright.config.tree import Job
+from meshwright.planner.buckets import bucket_bytes
+from meshwright.schemes.fsdp import FullyShardedUnits, Unit, Units, own_numel, padded_numel
+from meshwright.schemes.params import ParamSpec
+from meshwright.schemes.replicate import PARTIAL_SITE, Bucket, buckets, synchronise
+from meshwright.schemes.shard import gather_parameters, pieces, scatter_gradients
+from meshwright.schemes.tape import DTYPE_NAMES, FLOAT32, ITEMSIZES, Group, Tape
+
+
+class States(Protocol):
+    """What a step needs to know of the states."""
+
+    @property
+    def group(self) -> Group:
+        """The ranks that divide the states."""
+        ...
+
+    @property
+    def owned_numel(self) -> int:
+        """Elements that this rank steps."""
+        ...
+
+    def persist(self, tape: Tape) -> None:
+        """What is there before the step."""
+
+    def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
+        """How often a micro-batch does what to its units."""
+        ...
+
+    def begin(self, tape: Tape) -> None:
+        """Gradients are forgotten."""
+
+    def finish(self, tape: Tape) -> None:
+        """Backward is over: gradients are summed."""
+
+    def publish(self, tape: Tape) -> None:
+        """The optimiser has stepped."""
+
+
+def states_of(job: Job, specs: Sequence[ParamSpec], rank: int) -> States:
+    """The states of one rank of a legal job."""
+    layout = job.layout
+    group = Group(layout.state_axis or "shard", layout.state_group_size)
+    if layout.zero_stage >= 2:
+        return FullySharded(job, tuple(specs), group, Group("replicate", layout.replicate), rank)
+    parts = buckets(specs, layout.gradients, bucket_bytes(job), group.size)
+    if not layout.state_axes:
+        return Replicated(parts, Group(layout.gradient_axis or "replicate", layout.gradient_group_size))
+    return Sharded(parts, group, Group("replicate", layout.replicate), layout.state_coordinate(rank))
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Zero 0: float32 masters, gradients and two moments; a step counter for each parameter."""
+
+    parts: Sequence[Bucket]
+    gradient_group: Group
+
+    @property
+    def group(self) -> Group:
+        """Nothing is divided."""
+        return Group("shard", 1)
+
+    @property
+    def owned_numel(self) -> int:
+        """All."""
+        return sum(bucket.numel for bucket in self.parts)
+
+    def persist(self, tape: Tape) -> None:
+        """16 bytes a parameter."""
+        nbytes = self.owned_numel * FLOAT32
+        tape.alloc(nbytes, "parameters")
+        tape.alloc(nbytes, "gradients")
+        tape.alloc(2 * nbytes + FLOAT32 * sum(len(bucket.members) for bucket in self.parts), "optimiser_states")
+
+    def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
+        """Parameters are there."""
+        yield count, Units()
+
+    def begin(self, tape: Tape) -> None:
+        """Zeroes them."""
+        tape.elementwise(self.owned_numel * FLOAT32)
+
+    def finish(self, tape: Tape) -> None:
+        """All-reduces."""
+        synchronise(tape, self.parts, self.gradient_group)
+
+    def publish(self, tape: Tape) -> None:
+        """Every rank has stepped everything."""
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Zero 1: the same, but of the moments only this rank's pieces."""
+
+    parts: Sequence[Bucket]
+    group: Group
+    replicas: Group
+    coordinate: int
+
+    @property
+    def owned_numel(self) -> int:
+        """Those of its pieces."""
+        return sum(piece.stop - piece.start for bucket in self.parts for piece in pieces(bucket, self.coordinate))
+
+    def persist(self, tape: Tape) -> None:
+        """8 bytes a parameter, and 8 a parameter that it owns."""
+        nbytes = sum(bucket.numel for bucket in self.parts) * FLOAT32
+        num_pieces = sum(1 for bucket in self.parts for _ in pieces(bucket, self.coordinate))
+        tape.alloc(nbytes, "parameters")
+        tape.alloc(nbytes, "gradients")
+        tape.alloc((2 * self.owned_numel + num_pieces) * FLOAT32, "optimiser_states")
+
+    def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
+        """Parameters are there."""
+        yield count, Units()
+
+    def begin(self, tape: Tape) -> None:
+        """Zeroes all gradients."""
+        tape.elementwise(sum(bucket.numel for bucket in self.parts) * FLOAT32)
+
+    def finish(self, tape: Tape) -> None:
+        """Reduce-scatters."""
+        scatter_gradients(tape, self.parts, self.group, self.replicas)
+
+    def publish(self, tape: Tape) -> None:
+        """All-gathers the parameters."""
+        gather_parameters(tape, self.parts, self.group)
+
+
+@dataclass(frozen=True)
+class FullySharded:
+    """Zero 2 and 3: masters, gradients and moments of this rank's rows of every parameter."""
+
+    job: Job
+    specs: tuple[ParamSpec, ...]
+    group: Group
+    replicas: Group
+    rank: int
+
+    @property
+    def owned_numel(self) -> int:
+        """Those of its rows, without padding."""
+        return sum(map(self._own, self.specs))
+
+    def _own(self, spec: ParamSpec) -> int:
+        return own_numel(spec, self.group.size, self.job.layout.state_coordinate(self.rank))
+
+    def persist(self, tape: Tape) -> None:
+        """Gradients come and go."""
+        ranks = self.group.size
+        tape.alloc(sum(padded_numel(spec, ranks) for spec in self.specs) // ranks * FLOAT32, "parameters")
+        tape.alloc((2 * self.owned_numel + len(self.specs)) * FLOAT32, "optimiser_states")
+
+    def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
+        """The first makes the gradients, the others add to them, the last sums them over the replicas."""
+        if count == 1:
+            yield 1, self._units(is_first=True, is_last=True)
+            return
+        yield 1, self._units(is_first=True, is_last=False)
+        if count > 2:
+            yield count - 2, self._units(is_first=False, is_last=False)
+        yield 1, self._units(is_first=False, is_last=True)
+
+    def _units(self, *, is_first: bool, is_last: bool) -> Units:
+        layout, training = self.job.layout, self.job.training
+        layer = [spec for spec in self.specs if spec.name.startswith("layers.0.")]
+        root = [spec for spec in self.specs if not spec.name.startswith("layers.")]
+        return FullyShardedUnits(
+            layer=Unit.of(layer, self.group.size),
+            root=Unit.of(root, self.group.size, loss_chunk=training.loss_chunk),
+            num_layers=self.job.model.layers,
+            group=self.group,
+            replicas=self.replicas,
+            reshards=layout.zero_stage == 3,
+            prefetch=layout.prefetch,
+            dtype=DTYPE_NAMES[training.precision],
+            p=ITEMSIZES[training.precision],
+            reduce_dtype=DTYPE_NAMES[training.reduce_precision],
+            r=ITEMSIZES[training.reduce_precision],
+            is_first=is_first,
+            is_last=is_last,
+        )
+
+    def begin(self, tape: Tape) -> None:
+        """Frees the gradients of the step before: nothing is held yet."""
+
+    def finish(self, tape: Tape) -> None:
+        """Sums what is partial on its rows, through a copy."""
+        partial: dict[tuple[str, int], list[int]] = {}
+        for spec in self.specs:
+            if spec.partial_over is not None:
+                partial.setdefault(spec.partial_over, []).append(self._own(spec))
+        for (axis, size), numels in partial.items():
+            nbytes = sum(numels) * FLOAT32
+            with tape.at(PARTIAL_SITE, "backward"), tape.holding(nbytes, "communication_buffers"):
+                tape.elementwise(4 * nbytes)
+                tape.wait(tape.all_reduce(Group(axis, size), "float32", nbytes))
+
+    def publish(self, tape: Tape) -> None:
+        """The next forward gathers."""

@@ -1,0 +1,58 @@
+"""Sharded states by formula: ZeRO-1 (Rajbhandari et al. 2020, section 5.1), and what FSDP gathers (`schemes.fsdp`).
+
+States are divided over shard × ring × ulysses, N ranks; `replicate` holds copies of the shards (HSDP).
+
+zero 1   Parameters and gradients live in the same buckets (`schemes.replicate`), each padded to a multiple of N, of
+         which every rank owns an equal part. It alone has the optimiser's states of that part, and steps it.
+
+    gradients    reduce-scatter of the bucket over the N ranks, in place, then, if there are replicas, an all-reduce of
+                 the own part over them: P + P/N elements in a step
+    parameters   after the step, an all-gather of the bucket, in place, in the order in which the next forward needs
+                 them, each waited for by the first module that does: P elements in a step
+    memory       float32 parameters 4P, gradients 4P, optimiser states 8P/N bytes
+
+A rank's part of a bucket is cut where parameters begin and end: each piece is a parameter of the optimiser's, because
+weight decay is its parameter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from meshwright.schemes.params import ParamSpec
+from meshwright.schemes.replicate import Bucket, sum_partial
+from meshwright.schemes.tape import FLOAT32, Group, Tape
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of a bucket's buffer: what one rank owns of one parameter."""
+
+    spec: ParamSpec
+    start: int
+    stop: int
+
+
+def pieces(bucket: Bucket, coordinate: int) -> Iterator[Piece]:
+    """What the rank at this coordinate of the N owns of a bucket; none of the padding."""
+    first, last = coordinate * bucket.shard_numel, (coordinate + 1) * bucket.shard_numel
+    for spec, begin in bucket.places():
+        start, stop = max(first, begin), min(last, begin + spec.local_numel)
+        if start < stop:
+            yield Piece(spec, start, stop)
+
+
+def scatter_gradients(tape: Tape, parts: Sequence[Bucket], states: Group, replicas: Group) -> None:
+    """Leave the sums of each bucket's own part on its owner."""
+    for bucket in parts:
+        with tape.at(bucket.site, "backward"):
+            tape.wait(tape.issue("reduce_scatter", states, "float32", bucket.numel * FLOAT32))
+            tape.wait(tape.all_reduce(replicas, "float32", bucket.shard_numel * FLOAT32))
+    sum_partial(tape, parts)
+
+
+def gather_parameters(tape: Tape, parts: Sequence[Bucket], states: Group) -> None:
+    """Give every rank the stepped parameters; they arrive under the next forward."""
+    for bucket in parts:
+        with tape.at(bucket.site, "optimiser"):
+            tape.issue("all_gather", states, "float32", bucket.numel * FLOAT32)
