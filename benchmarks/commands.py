@@ -5,6 +5,9 @@
     planning      `meshwright plan llama3-8b --devices 64 --json`: seconds, with start-up
     attention-context
                   `meshwright bench ring`: attention over a divided sequence, ring contiguous and zigzag, Ulysses, both
+    collectives   `meshwright bench collectives`: 2 and 4 ranks here, and in the lab 2 hosts of 1 and of 2 ranks
+    gradients-two-hosts
+                  `meshwright bench gradients`: strategies and torch's DDP in the lab, over buckets and rates; 20 minutes
 
 `python benchmarks/commands.py [NAME ...]` runs some of them. Limits are the project's own targets.
 """
@@ -19,11 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from meshwright.bench import collectives as bench_collectives
+from meshwright.bench import gradients as bench_gradients
 from meshwright.bench import record, ring
 from meshwright.bench.context import Setting
 from meshwright.comm.ranks import Ranks
+from meshwright.errors import UserError
 from meshwright.verify.agreement import check
-from meshwright.verify.matrix import all_cases, all_long_cases
+from meshwright.verify.matrix import all_cases, all_long_cases, all_state_cases
 
 PROGRAM = str(Path(sys.executable).with_name("meshwright"))
 GIB = 2**30
@@ -32,7 +38,7 @@ GIB = 2**30
 def agreement() -> list[dict[str, Any]]:
     """A row for each case."""
     rows = []
-    cases = [*all_cases(), *all_long_cases()]
+    cases = [*all_cases(), *all_long_cases(), *all_state_cases()]
     for world in (1, 2, 3, 4, 8):
         with Ranks(world) as ranks:
             for case in (case for case in cases if case.job.layout.world == world):
@@ -68,6 +74,24 @@ def attention_context() -> list[dict[str, Any]]:
     return ring.measure(Setting())
 
 
+def collectives() -> list[dict[str, Any]]:
+    """A row for each case and fit; one for each lab that this machine cannot have."""
+    settings = [bench_collectives.Setting(max_seconds=80.0)]
+    settings += [bench_collectives.Setting(lab_hosts=2, lab_ranks=ranks, max_seconds=50.0) for ranks in (1, 2)]
+    rows = []
+    for setting in settings:
+        try:
+            rows += bench_collectives.measure(setting)
+        except UserError as error:
+            rows.append(record.row(where=setting.command(), failed=str(error)))
+    return rows
+
+
+def gradients_two_hosts() -> list[dict[str, Any]]:
+    """At each rate, a row for each subject and for each comparison; needs a machine that can have a lab."""
+    return bench_gradients.measure(bench_gradients.Setting(), lambda line: print(line, flush=True))
+
+
 def _timed(command: list[str]) -> tuple[float, int, str]:
     """Seconds, peak resident bytes and output of a program that must succeed."""
     began = time.perf_counter()
@@ -86,6 +110,8 @@ BENCHMARKS = {
     "rehearsal": rehearsal,
     "planning": planning,
     "attention-context": attention_context,
+    "collectives": collectives,
+    "gradients-two-hosts": gradients_two_hosts,
 }
 
 

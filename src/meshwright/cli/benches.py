@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from meshwright.errors import UserError
+
+if TYPE_CHECKING:
+    from meshwright.bench import collectives
 
 
 class Measurement(Protocol):
@@ -59,4 +65,154 @@ class Ring:
         return 1 if any("failed" in row for row in rows) else 0
 
 
-BENCHES: dict[str, type[Measurement]] = {"ring": Ring}
+@dataclass(frozen=True, kw_only=True)
+class Collectives:
+    """All-reduce, all-gather, reduce-scatter, all-to-all and shift by size: bandwidths, and the constants of each."""
+
+    quick: bool = False
+    """Two gloo ranks, every second size up to 4 MiB and few samples, where others are not given: a few seconds."""
+    worlds: str | None = None
+    """Numbers of ranks on this machine, between commas: 2,4, or 2 if quick."""
+    backend: Literal["auto", "gloo", "nccl"] | None = None
+    """auto is gloo on CPUs, and NCCL where each rank has a GPU; gloo if quick."""
+    max_bytes: int | None = None
+    """The largest payload; sizes are 1 KiB to 256 MiB, each four times the one before."""
+    samples: int | None = None
+    """Samples of each case, if there is time for so many: 15, or 5 if quick."""
+    max_seconds: float | None = None
+    """Seconds for all calls, the start of ranks aside: 60, or 6 if quick. Sizes beyond that are skipped, and say so."""
+    lab_hosts: int | None = None
+    """Measure in an emulated cluster of so many hosts on this machine instead (Linux, root)."""
+    lab_ranks: int | None = None
+    """Ranks on each of them: 1."""
+    lab_rate: str | None = None
+    """Rate of the link of each of them: 400mbit."""
+    lab_intra_rate: str | None = None
+    """Rate between ranks of one of them; not limited if it is not given."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def show(self) -> int:
+        """1 where something failed; what was skipped for want of time or memory did not."""
+        setting = _collectives(self)
+        from meshwright.bench import collectives, record
+
+        rows = collectives.measure(setting)
+        if self.json:
+            print(json.dumps({"records": [record.of("collectives", setting.command(), rows)]}, allow_nan=False))
+        else:
+            from meshwright.cli.show_collectives import show_collectives
+
+            show_collectives(rows)
+        return 1 if any("failed" in row for row in rows) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Measure this machine's collectives and matrix products, and write them into a cluster file for other commands."""
+
+    out: str | None = None
+    """File to write, such as here.toml; it must not be there yet."""
+    quick: bool = False
+    """Few sizes and samples: a few seconds."""
+    ranks: int | None = None
+    """Ranks on this machine: one for each GPU, or else for each core, at least 2."""
+    max_seconds: float | None = None
+    """Seconds for all collectives: 60, or 6 if quick."""
+    lab_hosts: int | None = None
+    """Take the links from an emulated cluster of so many hosts on this machine (Linux, root)."""
+    lab_ranks: int | None = None
+    """Ranks on each of them: 1."""
+    lab_rate: str | None = None
+    """Rate of the link of each of them: 400mbit."""
+    lab_intra_rate: str | None = None
+    """Rate between ranks of one of them; not limited if it is not given."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def show(self) -> int:
+        """0: a file that could not be measured is not written, which is an error."""
+        if not self.out:
+            raise UserError("bench calibrate needs --out: give it the file to write, such as --out here.toml")
+        if self.ranks is not None and self.lab_hosts is not None:
+            raise UserError(f"--ranks = {self.ranks} cannot be given with --lab-hosts: use --lab-ranks")
+        from meshwright.bench import calibrate, record
+
+        out = Path(self.out)
+        calibrate.check_out(out)
+        setting = replace(calibrate.QUICK if self.quick else calibrate.Setting(), collectives=_collectives(self))
+        setting = calibrate.resolve(replace(setting, ranks=self.ranks or 0))
+        command, rows = setting.command(out), calibrate.measure(setting)
+        cluster = calibrate.cluster_of(setting, rows, calibrate.source_of(command))
+        calibrate.write(out, calibrate.text_of(cluster, rows))
+        if self.json:
+            print(json.dumps({"records": [record.of("calibrate", command, rows)]}, allow_nan=False))
+        else:
+            from meshwright.cli.show_collectives import show_calibration
+
+            show_calibration(rows, self.out)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Gradient synchronisation on two emulated hosts: four strategies and torch's DDP, over buckets and rates."""
+
+    quick: bool = False
+    """A small model, one rate and few samples, where others are not given: a minute."""
+    rates: str | None = None
+    """Between commas: rates of the link, or ratios of communication to backward: 0.5,1,2,400mbit, or 1 if quick."""
+    samples: int | None = None
+    """Pairs of each comparison: 30, or 6 if quick."""
+    sweep: int | None = None
+    """Samples of every strategy and bucket: 6, or 2 if quick."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def show(self) -> int:
+        """0: what is measured is no check."""
+        from meshwright.bench import gradients, record
+
+        given = {
+            name: value for name, value in vars(self).items() if name not in ("quick", "json") and value is not None
+        }
+        if "rates" in given:
+            given["rates"] = tuple(word.strip() for word in given["rates"].split(","))
+        setting = replace(gradients.QUICK if self.quick else gradients.Setting(), **given)
+        rows = gradients.measure(setting)
+        if self.json:
+            print(json.dumps({"records": [record.of("gradients", setting.command(), rows)]}, allow_nan=False))
+        else:
+            from meshwright.cli.show_gradients import show_gradients
+
+            show_gradients(rows)
+        return 0
+
+
+def _collectives(given: Collectives | Calibrate) -> collectives.Setting:
+    """The setting of the options that were given. Raises UserError for a list of numbers that is none."""
+    from meshwright.bench import collectives
+
+    own = {name: value for name, value in vars(given).items() if name not in ("quick", "json", "out", "ranks")}
+    settings = {name: value for name, value in own.items() if value is not None}
+    if "lab_hosts" not in settings and (alone := [name for name in settings if name.startswith("lab_")]):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in alone)
+        raise UserError(f"{options} without --lab-hosts: give the number of emulated hosts, such as --lab-hosts 2")
+    if "lab_hosts" in settings and "worlds" in settings:
+        raise UserError("--worlds cannot be given with --lab-hosts (its ranks are --lab-hosts × --lab-ranks): leave it")
+    if settings.get("lab_hosts") == 0:
+        raise UserError("--lab-hosts = 0 is not a number of hosts: use 2, or leave it out to measure this machine")
+    if "worlds" in settings:
+        words = settings["worlds"].split(",")
+        if not all(word.strip().isdecimal() for word in words):
+            raise UserError(f'--worlds = "{settings["worlds"]}" is not whole numbers between commas: use 2,4')
+        settings["worlds"] = tuple(map(int, words))
+    return replace(collectives.QUICK if given.quick else collectives.Setting(), **settings)
+
+
+BENCHES: dict[str, type[Measurement]] = {
+    "ring": Ring,
+    "collectives": Collectives,
+    "gradients": Gradients,
+    "calibrate": Calibrate,
+}
