@@ -21,6 +21,14 @@ LONG = {
     "tensor 2, sequence parallel, full recompute": Layout(tensor=2, sequence_parallel=True, recompute="full"),
 }
 
+STATES = {
+    "replicate 2, per_parameter": Layout(replicate=2, gradients="per_parameter"),
+    "zero 1 over shard and ring": Layout(shard=2, ring=2, zero=1, bucket_mib=0.02),
+    "zero 2 × tensor 2": Layout(shard=2, tensor=2, zero=2, sequence_parallel=True),
+    "zero 3, replicated": Layout(replicate=2, shard=2, recompute="full"),
+    "zero 3 over ulysses": Layout(ulysses=2, zero=3),
+}
+
 
 @cache
 def one_device(model: str, labelled: int | None = None) -> tuple[float, ...]:
@@ -51,6 +59,14 @@ def test_losses_of_sequences_that_ranks_divide(ranks: Callable[[int], Ranks], la
     assert job.layout.batch_ranks == 1
     for losses in ranks(job.layout.world).run(ranked_curves.losses, job, STEPS):
         assert losses == pytest.approx(one_device("grouped_query"), rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize("layout", STATES)
+def test_losses_of_sharded_states(ranks: Callable[[int], Ranks], layout: str) -> None:
+    """What owners step must reach all: a rank that misses it goes another way from the second step on."""
+    job = _job("tied", STATES[layout], accumulation=2)
+    for losses in ranks(job.layout.world).run(ranked_curves.losses, job, STEPS):
+        assert losses == pytest.approx(one_device("tied"), rel=2e-6, abs=0)
 
 
 def test_losses_where_ranks_have_few_labels_or_none(ranks: Callable[[int], Ranks]) -> None:

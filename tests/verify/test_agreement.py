@@ -16,26 +16,43 @@ from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.verify.agreement import check, differences_of
-from meshwright.verify.matrix import AnyCase, Case, Precision, all_cases, all_long_cases, covering_cases, pairs
+from meshwright.verify.matrix import (
+    STATE_LAYOUTS,
+    AnyCase,
+    Case,
+    Precision,
+    all_cases,
+    all_long_cases,
+    all_state_cases,
+    covering_cases,
+    pairs,
+)
 
-ALL: list[AnyCase] = [*all_cases(), *all_long_cases()]
+ALL: list[AnyCase] = [*all_cases(), *all_long_cases(), *all_state_cases()]
 SHORT = covering_cases(all_cases())
 LONG = [case for case in all_long_cases() if case.job.layout.world <= 4][::5]
 """Eight ranks on two cores are left to `make test-all`."""
+_turns = (divmod(i, len(STATE_LAYOUTS)) for i in range(len(all_state_cases())))
+STATES = [case for case, (turn, layout) in zip(all_state_cases(), _turns, strict=True) if turn == 2 * layout % 6]
+STATES = [case for case in STATES if case.job.layout.world <= 4]
+"""Every layout once, models and the other options in turns."""
 
 
 def test_the_selections_cover_the_matrices() -> None:
     """Of the first every pair of option values, of the second every value."""
-    assert (len(all_cases()), len(all_long_cases())) == (120, 162)
+    assert (len(all_cases()), len(all_long_cases()), len(all_state_cases())) == (120, 162, 210)
     assert set().union(*map(pairs, SHORT)) == set().union(*map(pairs, all_cases()))
     few_ranks = [case for case in all_long_cases() if case.job.layout.world <= 4]
     for option in range(len(few_ranks[0])):
         assert {case[option] for case in LONG} == {case[option] for case in few_ranks}
+    few_ranks = [case for case in all_state_cases() if case.job.layout.world <= 4]
+    for option in range(len(few_ranks[0])):
+        assert {case[option] for case in STATES} == {case[option] for case in few_ranks}
 
 
-@pytest.mark.parametrize("case", [*SHORT, *LONG], ids=str)
+@pytest.mark.parametrize("case", [*SHORT, *LONG, *STATES], ids=str)
 def test_formula_rehearsal_and_run_agree(case: AnyCase, ranks: Callable[[int], Ranks]) -> None:
-    _assert_agrees(case, ranks, thorough=case in SHORT[::3])
+    _assert_agrees(case, ranks, thorough=case in SHORT[::3] or case in STATES[::8])
 
 
 @pytest.mark.slow

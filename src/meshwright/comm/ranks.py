@@ -69,7 +69,7 @@ class Ranks:
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve,
+                target=serve,
                 args=(rank, self.world, str(store), theirs, self.timeout_seconds),
                 daemon=True,
                 name=f"rank{rank}",
@@ -163,7 +163,8 @@ def _send(pipe: Connection, rank: int, message: Any) -> None:
         raise RankError(rank, f"the process is gone: {error}") from None
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection, timeout_seconds: float) -> None:
+def serve(rank: int, world: int, store: str, pipe: Connection, timeout_seconds: float) -> None:
+    """Be one rank of a pool: join its group through the file `store`, and call what comes through `pipe`."""
     import torch
     import torch.distributed as dist
 

@@ -98,6 +98,9 @@ class FullyShardedStates:
     def publish(self) -> None:
         """The next forward gathers."""
 
+    def settle(self) -> None:
+        """Nothing is on its way."""
+
     def whole_gradient(self, spec: ParamSpec) -> torch.Tensor:
         gradient = self._parameters[spec.name].grad
         if gradient is None:

@@ -48,6 +48,9 @@ class States(Protocol):
     def publish(self) -> None:
         """The optimiser has stepped: let every rank have what it needs of it."""
 
+    def settle(self) -> None:
+        """Wait for what `publish` has left on its way: before parameters are read by others than the model."""
+
     def whole_gradient(self, spec: ParamSpec) -> torch.Tensor:
         """After `finish`: the gradient of this rank's whole part of a parameter (`ParamSpec.local_shape`)."""
         ...
@@ -162,6 +165,9 @@ class Replicated:
 
     def publish(self) -> None:
         """Every rank has stepped everything."""
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
 
     def whole_gradient(self, spec: ParamSpec) -> torch.Tensor:
         return self._gradients.whole_gradient(spec)

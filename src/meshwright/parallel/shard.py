@@ -70,6 +70,9 @@ class ShardedStates:
             pending = self._states.all_gather_in_place(values, site=bucket.site, phase="optimiser")
             self._arriving |= {spec.name: pending for spec in bucket.members}
 
+    def settle(self) -> None:
+        self.wait_for(list(self._arriving))
+
     def wait_for(self, names: Sequence[str]) -> None:
         """Block until these parameters have arrived."""
         for name in names:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from meshwright.config.tree import Job
+from meshwright.config.tree import Job, Layout
+from meshwright.schemes.fsdp import own_rows
 from meshwright.schemes.params import ParamSpec, param_specs
 
 
@@ -38,19 +39,24 @@ class Placement:
 
         `ranges[coordinates[axis]]` is what a rank holds of a parameter along `dim`: first and past-the-last global
         index, padding left out. `axis`, `dim` and `ranges` are null where every rank holds all of it.
+
+        `states` says over which axis what is sharded besides; with zero 2 and 3 a rank has `state_rows[coordinate on
+        that axis]` of its part's rows, else `state_rows` is null.
         """
+        layout = self.job.layout
         return {
             "job": self.job.name,
             "world": self.job.layout.world,
             "hosts": self.places[-1].host + 1,
             "devices_per_host": self.job.cluster.devices_per_host,
             "ranks": [vars(place) for place in self.places],
-            "parameters": [_parameter(spec) for spec in self.specs],
+            "states": {"zero": layout.zero_stage, "axis": layout.state_axis or None, "ranks": layout.state_group_size},
+            "parameters": [_parameter(spec, layout) for spec in self.specs],
         }
 
 
-def _parameter(spec: ParamSpec) -> dict[str, Any]:
-    split = spec.split
+def _parameter(spec: ParamSpec, layout: Layout) -> dict[str, Any]:
+    split, ranks = spec.split, layout.state_group_size
     return {
         "name": spec.name,
         "global_shape": list(spec.shape),
@@ -58,4 +64,5 @@ def _parameter(spec: ParamSpec) -> dict[str, Any]:
         "axis": split.axis if split else None,
         "dim": split.dim if split else None,
         "ranges": [list(spec.span(c)) for c in range(split.degree)] if split else None,
+        "state_rows": [list(own_rows(spec, ranks, c)) for c in range(ranks)] if layout.zero_stage >= 2 else None,
     }

@@ -254,8 +254,14 @@ def padded_numel(spec: ParamSpec, ranks: int) -> int:
     return ranks * -(-rows // ranks) * math.prod(rest)
 
 
-def own_numel(spec: ParamSpec, ranks: int, coordinate: int) -> int:
-    """Elements of one rank's part; the last parts may be shorter, or empty."""
-    rows, *rest = spec.local_shape
+def own_rows(spec: ParamSpec, ranks: int, coordinate: int) -> tuple[int, int]:
+    """First and past-the-last row of the tensor-parallel part that a rank holds; the last may have fewer, or none."""
+    rows = spec.local_shape[0]
     part = -(-rows // ranks)
-    return max(0, min(rows, (coordinate + 1) * part) - coordinate * part) * math.prod(rest)
+    return min(rows, coordinate * part), min(rows, (coordinate + 1) * part)
+
+
+def own_numel(spec: ParamSpec, ranks: int, coordinate: int) -> int:
+    """Elements of those rows."""
+    start, stop = own_rows(spec, ranks, coordinate)
+    return (stop - start) * math.prod(spec.local_shape[1:])

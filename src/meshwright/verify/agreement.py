@@ -165,6 +165,8 @@ def _persistent(state: State) -> Iterator[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     parameters = [*state.model.parameters(), *(parameter for _, parameter in state.states.owned)]
     for parameter in parameters:
+        if torch_private.is_traceable_wrapper_subclass(parameter):
+            continue  # its own storage is nothing; what it wraps is owned
         for tensor in (parameter, parameter.grad, *state.optimiser.state[parameter].values()):
             if tensor is not None:
                 found.setdefault(torch_private.storage_key(tensor.untyped_storage()), tensor)

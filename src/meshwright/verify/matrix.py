@@ -1,7 +1,8 @@
 """The cells of the agreement matrix: tiny models, layouts, precisions and options.
 
-Two matrices: tensor and data parallelism, the full product; and layouts that divide the sequence or compute again, each
-with every model and recomputation, where precision, chunks of the loss and documents take turns.
+Three matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
+with every model and recomputation, where precision, chunks of the loss and documents take turns; and layouts by how
+they sum gradients and shard states, each with every model, where precision, accumulation and other options take turns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LAYOUTS = {
     "replicate 4": Layout(replicate=4),
 }
 
-C = TypeVar("C", "Case", "LongCase")
+C = TypeVar("C", "Case", "LongCase", "StateCase")
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
@@ -79,6 +80,60 @@ LONG_LAYOUTS = {
     "replicate 2 × ring 2": Layout(replicate=2, ring=2),
     "ring 2 × ulysses 2 × tensor 2, sequence parallel": Layout(ring=2, ulysses=2, tensor=2, sequence_parallel=True),
 }
+
+STATE_MODELS = {
+    "tied": MODELS["tied"],
+    "layernorm_bias_learned": MODELS["layernorm_bias_learned"],
+    "odd_sizes": Model(layers=4, d_model=36, d_ff=60, heads=6, kv_heads=2, head_dim=6, vocab_size=61),
+}
+"""36 and 60 rows, and those of a vocabulary of 61, are not divisible by 8 ranks, nor all by 4."""
+
+_SMALL_MIB = 0.02
+"""So that tiny models have several buckets."""
+
+STATE_LAYOUTS = {
+    "replicate 2, flat": Layout(replicate=2, gradients="flat"),
+    "replicate 2, per_parameter": Layout(replicate=2, gradients="per_parameter"),
+    "replicate 2, bucketed": Layout(replicate=2, bucket_mib=_SMALL_MIB),
+    "replicate 2 × tensor 2, naive": Layout(replicate=2, tensor=2, gradients="naive"),
+    "replicate 2 × tensor 2, flat, sequence parallel": Layout(
+        replicate=2, tensor=2, gradients="flat", sequence_parallel=True
+    ),
+    "replicate 2 × tensor 2, per_parameter": Layout(replicate=2, tensor=2, gradients="per_parameter"),
+    "replicate 2 × tensor 2, bucketed": Layout(replicate=2, tensor=2, bucket_mib=_SMALL_MIB),
+    "replicate 2 × ulysses 2, bucketed": Layout(replicate=2, ulysses=2, bucket_mib=_SMALL_MIB),
+    "ring 2, bucketed": Layout(ring=2, bucket_mib=_SMALL_MIB),
+    "ulysses 2, zero 1": Layout(ulysses=2, zero=1, bucket_mib=_SMALL_MIB),
+    "ring 2, zero 1": Layout(ring=2, zero=1, gradients="per_parameter"),
+    "shard 2, zero 1": Layout(shard=2, zero=1, bucket_mib=_SMALL_MIB),
+    "shard 2, zero 2": Layout(shard=2, zero=2),
+    "shard 2, zero 3": Layout(shard=2),
+    "shard 4, zero 3, prefetch 2": Layout(shard=4, prefetch=2),
+    "shard 4, zero 2, prefetch 3": Layout(shard=4, zero=2, prefetch=3),
+    "shard 3, zero 3": Layout(shard=3),
+    "shard 3, zero 1, flat": Layout(shard=3, zero=1, gradients="flat"),
+    "replicate 2 × shard 2, zero 1": Layout(replicate=2, shard=2, zero=1, bucket_mib=_SMALL_MIB),
+    "replicate 2 × shard 2, zero 2": Layout(replicate=2, shard=2, zero=2),
+    "replicate 2 × shard 2, zero 3": Layout(replicate=2, shard=2),
+    "shard 2 × tensor 2, zero 1": Layout(shard=2, tensor=2, zero=1, bucket_mib=_SMALL_MIB),
+    "shard 2 × tensor 2, zero 1, naive, sequence parallel": Layout(
+        shard=2, tensor=2, zero=1, gradients="naive", sequence_parallel=True
+    ),
+    "shard 2 × tensor 2, zero 2": Layout(shard=2, tensor=2, zero=2),
+    "shard 2 × tensor 2, zero 3, sequence parallel": Layout(shard=2, tensor=2, sequence_parallel=True),
+    "shard 2 × ulysses 2, zero 1": Layout(shard=2, ulysses=2, zero=1, bucket_mib=_SMALL_MIB),
+    "shard 2 × ulysses 2, zero 2": Layout(shard=2, ulysses=2, zero=2),
+    "shard 2 × ulysses 2, zero 3": Layout(shard=2, ulysses=2),
+    "ulysses 2, zero 3": Layout(ulysses=2, zero=3),
+    "shard 2 × ring 2, zero 1": Layout(shard=2, ring=2, zero=1, bucket_mib=_SMALL_MIB),
+    "shard 2 × ring 2, zero 2": Layout(shard=2, ring=2, zero=2),
+    "shard 2 × ring 2, zero 3": Layout(shard=2, ring=2),
+    "ring 2, zero 3": Layout(ring=2, zero=3),
+    "replicate 2 × shard 2 × tensor 2, zero 3": Layout(replicate=2, shard=2, tensor=2),
+    "replicate 2 × ring 2 × ulysses 2, zero 3": Layout(replicate=2, ring=2, ulysses=2, zero=3),
+}
+
+STATE_ACCUMULATIONS = (1, 2, 3)
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -141,7 +196,40 @@ class LongCase(NamedTuple):
         )
 
 
-AnyCase = Case | LongCase
+class StateCase(NamedTuple):
+    """One cell of the matrix of layouts that sum gradients and shard states."""
+
+    model: str
+    layout: str
+    precision: Precision
+    accumulation: int
+    recompute: Recompute
+    loss_chunk: int
+    reduce: Precision
+
+    @property
+    def job(self) -> Job:
+        """The job it stands for: twelve sequences a micro-batch, for 1 to 4 ranks."""
+        layout = replace(STATE_LAYOUTS[self.layout], recompute=self.recompute)
+        training = Training(
+            batch=12 * self.accumulation,
+            seq_len=16,
+            precision=self.precision,
+            accumulation=self.accumulation,
+            loss_chunk=self.loss_chunk,
+            reduce_precision=self.reduce if layout.zero_stage >= 2 else "float32",
+            device="cpu",
+        )
+        return Job(name=str(self), model=STATE_MODELS[self.model], layout=layout, training=training)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.layout}, {self.precision}, accumulation {self.accumulation}, recompute "
+            f"{self.recompute}, loss chunk {self.loss_chunk}, reduce {self.reduce}"
+        )
+
+
+AnyCase = Case | LongCase | StateCase
 
 
 def all_cases() -> list[Case]:
@@ -154,6 +242,19 @@ def all_long_cases() -> list[LongCase]:
     cells = itertools.product(LONG_MODELS, LONG_LAYOUTS, RECOMPUTES)
     turns = itertools.cycle(itertools.product(PRECISIONS, LOSS_CHUNKS, DOCUMENTS))
     return [LongCase(*cell, *turn) for cell, turn in zip(cells, turns, strict=False)]
+
+
+def all_state_cases() -> list[StateCase]:
+    """Every model and layout, twice; the other options take turns so that all pairs occur."""
+    cells = (cell for _ in range(2) for cell in itertools.product(STATE_MODELS, STATE_LAYOUTS))
+    turns = itertools.product(PRECISIONS, STATE_ACCUMULATIONS, RECOMPUTES, LOSS_CHUNKS, PRECISIONS)
+    shuffled = itertools.cycle([turn for _, turn in sorted(enumerate(turns), key=lambda item: item[0] * 29 % 72)])
+    return [
+        StateCase(model, layout, precision, accumulation, recompute, loss_chunk, reduce)
+        for (model, layout), (precision, accumulation, recompute, loss_chunk, reduce) in zip(
+            cells, shuffled, strict=False
+        )
+    ]
 
 
 def covering_cases(cases: Sequence[C], at_least: int = 0) -> list[C]:

@@ -10,7 +10,7 @@ import torch
 from meshwright.account import StepAccount
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
-from meshwright.model.build import initial_values
+from meshwright.model.build import DTYPES, initial_values
 from meshwright.model.decoder import Decoder
 from meshwright.parallel.loss import IGNORE
 from meshwright.schemes.params import ParamSpec
@@ -48,11 +48,15 @@ def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
 
 
 def observe_reference(job: Job, *, float64: bool) -> Observation:
-    """One device in this process, in float64 or in the run's precision."""
+    """One device in this process, in float64 or in the run's precision, gradients rounded to that of their sums."""
     world = World.single(torch.device("cpu"))
     state = _prepare(job, world, None, float64=float64)
     batch = own_batch(job, 0)
-    return _observe(state, batch, world)
+    observation = _observe(state, batch, world)
+    if not float64 and job.training.reduce_precision != "float32":
+        low = DTYPES[job.training.reduce_precision]
+        observation.gradients = {name: g.to(low).to(g.dtype) for name, g in observation.gradients.items()}
+    return observation
 
 
 def _prepare(job: Job, world: World, instrument: Instrument | None, *, float64: bool = False) -> State:
