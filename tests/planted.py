@@ -75,9 +75,8 @@ def _replace_axis(owner: Any, change: Callable[[Axis], Axis]) -> None:
 
 def norms_not_summed(model: Decoder, world: World) -> None:
     """The sum of partial gradients over the tensor axis is thrown away."""
-    key = f"tensor/{world.layout.tensor}"
-    assert key in world.axes, "no gradient is partial over the whole tensor axis"
-    world.axes[key] = FaultyAxis(**vars(world.axes[key]), fault="wrong tensor")
+    whole = world.neighbours("tensor", world.layout.tensor)
+    world.axes[f"tensor/{world.layout.tensor}"] = FaultyAxis(**vars(whole), fault="wrong tensor")
 
 
 @dataclass(frozen=True)

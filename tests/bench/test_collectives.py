@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
+import ranked_collectives
 
-from meshwright.account import Issue, wire_bytes
-from meshwright.audit.recorder import Recorder
+from meshwright.account import wire_bytes
 from meshwright.bench import collectives, record
 from meshwright.bench import collectives_rank as on_rank
 from meshwright.bench.collectives import Place, Setting, rows_of
 from meshwright.bench.collectives_rank import OPERATIONS, Case, Grid, measure_pool, plan
 from meshwright.cli import main
-from meshwright.comm.mesh import World
 from meshwright.comm.ranks import RankError, Ranks
 from meshwright.config.backends import BACKEND_FACTORS, backend_factor
 from meshwright.errors import UserError
@@ -51,40 +48,29 @@ def test_both_tiers_are_measured_and_all_ranks_report_the_same(ranks: Pool) -> N
 
 def test_groups_of_a_tier_are_the_ranks_of_a_host_or_one_of_each(ranks: Pool) -> None:
     grid = Grid(hosts=2, ranks_per_host=2)
-    assert [found["intra"] for found in ranks(4).run(members, grid)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert [found["inter"] for found in ranks(4).run(members, grid)] == [[0, 2], [1, 3], [0, 2], [1, 3]]
-
-
-def members(grid: Grid) -> dict[str, list[int]]:
-    axes = World.create(grid.layout, torch.device("cpu")).axes
-    groups = {tier: axes[axis].group for tier, axis in on_rank.TIERS.items()}
-    return {tier: dist.get_process_group_ranks(group) for tier, group in groups.items() if group is not None}
+    found = ranks(4).run(ranked_collectives.members, grid)
+    assert [one["intra"] for one in found] == [
+        [0, 1],
+        [0, 1],
+        [2, 3],
+        [2, 3],
+    ]
+    assert [one["inter"] for one in found] == [
+        [0, 2],
+        [1, 3],
+        [0, 2],
+        [1, 3],
+    ]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_call_sends_what_its_row_says(world: int, ranks: Pool) -> None:
     expected = [(operation, world, payload_of(KIB, world)) for operation in OPERATIONS]
-    assert ranks(world).run(issued, KIB) == [expected] * world
+    assert ranks(world).run(ranked_collectives.issued, KIB) == [expected] * world
 
 
 def payload_of(size: int, world: int) -> int:
     return {(KIB, 2): 1024, (KIB, 3): 1032}[size, world]
-
-
-def issued(size: int) -> list[tuple[str, int, int]]:
-    grid = Grid(ranks_per_host=dist.get_world_size())
-    axis = World.create(grid.layout, torch.device("cpu")).axes["tensor"]
-    found = []
-    for operation in OPERATIONS:
-        call = on_rank._call(operation, axis, on_rank._rounded(size, axis.size), torch.device("cpu"))
-        with Recorder() as recorder:
-            call()
-        found += [
-            (event.operation, event.group_size, event.payload_bytes)
-            for event in recorder.trace().expanded()
-            if isinstance(event, Issue)
-        ]
-    return found
 
 
 def test_what_does_not_fit_into_the_time_is_skipped_by_all_ranks(ranks: Pool) -> None:

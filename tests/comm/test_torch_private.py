@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from meshwright.comm import torch_private
-from meshwright.rehearsal.fake_world import fake_group
+from meshwright.rehearsal.fake_world import fake_group, fake_tensors
 
 
 def test_fake_group_has_any_size() -> None:
@@ -63,3 +67,23 @@ def test_fake_mode_can_be_left_for_a_moment() -> None:
 
 def test_flop_registry_knows_matmul() -> None:
     assert torch_private.flop_registry[torch.ops.aten.mm]((2, 3), (3, 5)) == 2 * 2 * 3 * 5
+
+
+def test_a_settled_fully_sharded_model_keeps_its_parameters_through_the_first_step() -> None:
+    """Whoever took them before, such as an optimiser, has those that are trained; the last ranks' are padded."""
+    with fake_group(4, 3):
+        mesh = init_device_mesh("cpu", (4,))
+        with fake_tensors():
+            model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+            fully_shard(model[0], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            torch_private.settle_fully_sharded(model)
+            before = _storages(model)
+            model(torch.zeros(2, 6)).sum().backward()
+            assert _storages(model) == before
+
+
+def _storages(model: nn.Module) -> list[int]:
+    parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    assert len(parameters) == 4
+    return [torch_private.storage_key(parameter.to_local().untyped_storage()) for parameter in parameters]

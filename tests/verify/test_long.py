@@ -84,7 +84,7 @@ def test_partial_gradients_that_are_not_summed_are_named(ranks: Pool, model: Mod
 
 
 def test_a_gradient_group_without_the_ring_is_named(ranks: Pool) -> None:
-    job = job_of(GROUPED, Layout(ring=2))
+    job = job_of(GROUPED, Layout(ring=2, gradients="naive"))
     report = verify_on(job, ranks(2), gradients_not_summed_over_the_ring)
     assert report.loss_passes and len(report.gradients.failed) == report.gradients.checked
     assert report.first_difference is not None

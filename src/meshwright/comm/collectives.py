@@ -58,7 +58,7 @@ class Pending:
         self.finish = finish
         return self
 
-    def _settle(self, limit_seconds: float = 1.0) -> None:
+    def _settle(self, limit_seconds: float = 10.0) -> None:
         """Wait until the backend's thread lets go of the tensors: gloo's does so a moment after the result is there.
 
         Else that thread might be the last holder and free a storage, unseen by whoever follows memory on this one.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_collectives as fsdp_collectives
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -19,6 +20,7 @@ __all__ = [
     "TorchDispatchMode",
     "all_gather_into",
     "flop_registry",
+    "fsdp_collectives",
     "group_named",
     "group_of",
     "in_backward",

@@ -48,9 +48,10 @@ class FullyShardedStates:
         fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         torch_private.settle_fully_sharded(model)
         self._parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}
-        for site, unit in {**layers, ROOT: model}.items():
+        self._units = [cast(FSDPModule, unit) for unit in (*layers.values(), model)]
+        for site, unit in zip((*layers, ROOT), self._units, strict=True):
             own = [name for name in self._parameters if _unit_of(name, layers) == site]
-            self._adopt(cast(FSDPModule, unit), site, own, axis, world.axes["replicate"])
+            self._adopt(unit, site, own, axis, world.axes["replicate"])
         if layout.prefetch > 1:
             _prefetch(model, list(layers.values()), layout.prefetch)
         self.owned = [Owned(spec, nn.Parameter(_local(self._parameters[spec.name]))) for spec in specs]
@@ -76,7 +77,8 @@ class FullyShardedStates:
 
     def begin(self) -> None:
         self._is_last = False
-        cast(FSDPModule, self._model).reshard()  # after an evaluation, which has no backward, the root is not
+        for unit in self._units:
+            unit.reshard()  # an evaluation, which has no backward, leaves gathered what waits for one
         for spec, own in self.owned:
             own.grad = self._parameters[spec.name].grad = None
 
@@ -130,7 +132,10 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def _take_over(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Add what earlier micro-batches have left in the gradients to `flat`, and drop those: `flat` becomes them."""
+    """Add what earlier micro-batches have left in the gradients to `flat`, and drop those: `flat` becomes them.
+
+    In a reduce dtype of bf16 their sum is rounded to it, as all that is summed over ranks is.
+    """
     first = parameters[0].grad
     if first is not None:
         flat += _local(first).as_strided((flat.numel(),), (1,), 0)  # all are views of what was reduced then

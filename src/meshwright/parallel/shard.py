@@ -15,7 +15,7 @@ from meshwright.comm.collectives import Axis, Pending
 from meshwright.parallel.replicate import GradientBuckets, Neighbours, Owned, sum_partial
 from meshwright.schemes.params import ParamSpec
 from meshwright.schemes.replicate import Bucket, Strategy
-from meshwright.schemes.shard import pieces
+from meshwright.schemes.shard import in_order_of_need, pieces
 
 
 class ShardedStates:
@@ -38,6 +38,7 @@ class ShardedStates:
         self._parts, self._states, self._replicas, self._neighbours = parts, states, replicas, neighbours
         self._values = [_moved(bucket, parameters) for bucket in parts]
         self._gradients = GradientBuckets(parameters, parts, strategy, send)
+        self._needed = in_order_of_need(parts, parameters)
         self._arriving: dict[str, Pending] = {}
         self.owned = [owned for index in range(len(parts)) for owned in self._pieces(index)]
 
@@ -66,7 +67,8 @@ class ShardedStates:
 
     def publish(self) -> None:
         """Put every bucket of parameters on the wire, the first that forward needs first; see `wait_for`."""
-        for bucket, values in reversed(list(zip(self._parts, self._values, strict=True))):
+        for bucket in self._needed:
+            values = self._values[self._parts.index(bucket)]
             pending = self._states.all_gather_in_place(values, site=bucket.site, phase="optimiser")
             self._arriving |= {spec.name: pending for spec in bucket.members}
 

@@ -54,7 +54,8 @@ def states_of(job: Job, specs: Sequence[ParamSpec], rank: int) -> States:
     parts = buckets(specs, layout.gradients, bucket_bytes(job), group.size)
     if not layout.state_axes:
         return Replicated(parts, Group(layout.gradient_axis or "replicate", layout.gradient_group_size))
-    return Sharded(parts, group, Group("replicate", layout.replicate), layout.state_coordinate(rank))
+    names = tuple(spec.name for spec in specs)
+    return Sharded(parts, names, group, Group("replicate", layout.replicate), layout.state_coordinate(rank))
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class Sharded:
     """Zero 1: the same, but of the moments only this rank's pieces."""
 
     parts: Sequence[Bucket]
+    names: Sequence[str]
+    """All parameters in order of registration."""
     group: Group
     replicas: Group
     coordinate: int
@@ -133,7 +136,7 @@ class Sharded:
 
     def publish(self, tape: Tape) -> None:
         """All-gathers the parameters."""
-        gather_parameters(tape, self.parts, self.group)
+        gather_parameters(tape, self.parts, self.names, self.group)
 
 
 @dataclass(frozen=True)

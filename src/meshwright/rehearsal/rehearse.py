@@ -34,9 +34,7 @@ def rehearse_job(
     with fake_group(job.layout.world, rank):
         world = World.create(job.layout, torch.device("cpu"))
         with fake_tensors():
-            state = State.create(job, world, values_of=None)
-            if instrument is not None:
-                instrument(state.model, world)
+            state = State.create(job, world, values_of=None, instrument=instrument)
             batch = _empty_batch(job, executed)
             state.optimiser.step()  # all that a first step leaves behind is the optimiser's states
             recorder = Recorder()

@@ -17,7 +17,7 @@ weight decay is its parameter's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from meshwright.schemes.params import ParamSpec
@@ -51,8 +51,14 @@ def scatter_gradients(tape: Tape, parts: Sequence[Bucket], states: Group, replic
     sum_partial(tape, parts)
 
 
-def gather_parameters(tape: Tape, parts: Sequence[Bucket], states: Group) -> None:
-    """Give every rank the stepped parameters; they arrive under the next forward."""
-    for bucket in parts:
+def in_order_of_need(parts: Sequence[Bucket], names: Iterable[str]) -> list[Bucket]:
+    """The buckets as forward first needs something of them; `names` are all parameters in order of registration."""
+    position = {name: index for index, name in enumerate(names)}
+    return sorted(parts, key=lambda bucket: min(position[spec.name] for spec in bucket.members))
+
+
+def gather_parameters(tape: Tape, parts: Sequence[Bucket], names: Iterable[str], states: Group) -> None:
+    """Give every rank the stepped parameters; they arrive under the next forward. `names` as of `in_order_of_need`."""
+    for bucket in in_order_of_need(parts, names):
         with tape.at(bucket.site, "optimiser"):
             tape.issue("all_gather", states, "float32", bucket.numel * FLOAT32)

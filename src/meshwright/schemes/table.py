@@ -82,7 +82,7 @@ class StatesOfBlock:
             synchronise(tape, parts, Group(layout.gradient_axis, layout.gradient_group_size))
             return
         scatter_gradients(tape, parts, self.group, Group("replicate", layout.replicate))
-        gather_parameters(tape, parts, self.group)
+        gather_parameters(tape, parts, (spec.name for spec in self.specs), self.group)
 
 
 # --- the schemes ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ sum of token losses divided by the number of labelled tokens of the whole global
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,10 +63,21 @@ class State:
 
     @classmethod
     def create(
-        cls, job: Job, world: World, *, values_of: Values | None = initial_values, float64: bool = False
+        cls,
+        job: Job,
+        world: World,
+        *,
+        values_of: Values | None = initial_values,
+        float64: bool = False,
+        instrument: Callable[[Decoder, World], None] | None = None,
     ) -> State:
-        """Build and initialise everything that a job needs on this rank; arguments as of `model.build.build`."""
+        """Build and initialise everything that a job needs on this rank.
+
+        Arguments are those of `model.build.build`; `instrument` changes the model before its states are taken over.
+        """
         model, specs = build(job, world, values_of=values_of, float64=float64), specs_of(job)
+        if instrument is not None:
+            instrument(model, world)
         states = states_of(job, model, specs, world)
         return cls(job, model, specs, states, _adamw(job, states.owned))
 

@@ -82,9 +82,9 @@ LONG_LAYOUTS = {
 }
 
 STATE_MODELS = {
-    "tied": MODELS["tied"],
-    "layernorm_bias_learned": MODELS["layernorm_bias_learned"],
-    "odd_sizes": Model(layers=4, d_model=36, d_ff=60, heads=6, kv_heads=2, head_dim=6, vocab_size=61),
+    "tied": replace(MODELS["tied"], layers=3),
+    "layernorm_bias_learned": replace(MODELS["layernorm_bias_learned"], layers=3),
+    "odd_sizes": Model(layers=3, d_model=36, d_ff=60, heads=6, kv_heads=2, head_dim=6, vocab_size=61),
 }
 """36 and 60 rows, and those of a vocabulary of 61, are not divisible by 8 ranks, nor all by 4."""
 
@@ -213,7 +213,7 @@ class StateCase(NamedTuple):
         layout = replace(STATE_LAYOUTS[self.layout], recompute=self.recompute)
         training = Training(
             batch=12 * self.accumulation,
-            seq_len=16,
+            seq_len=8,
             precision=self.precision,
             accumulation=self.accumulation,
             loss_chunk=self.loss_chunk,

@@ -60,10 +60,7 @@ def observe_reference(job: Job, *, float64: bool) -> Observation:
 
 
 def _prepare(job: Job, world: World, instrument: Instrument | None, *, float64: bool = False) -> State:
-    state = State.create(job, world, values_of=random_values, float64=float64)
-    if instrument is not None:
-        instrument(state.model, world)
-    return state
+    return State.create(job, world, values_of=random_values, float64=float64, instrument=instrument)
 
 
 def _observe(state: State, batch: Batch, world: World) -> Observation:
