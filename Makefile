@@ -7,6 +7,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# Two workers take tests from each other; each has ranks of its own.
+WORKERS ?= -n 2 --dist worksteal
+
 .PHONY: install run test test-all check bench
 
 install: $(STAMP)
@@ -21,10 +24,10 @@ run: install
 	$(BIN)/meshwright train quickstart --layout.replicate 2 --layout.tensor 2 --processes 4
 
 test: install
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(WORKERS)
 
 test-all: install
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 check: install
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: pools of real ranks, started once and used by all tests."""
+"""Fixtures of the whole suite: pools of real ranks, started once by each worker; how much of the matrix was run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from meshwright.comm.ranks import Ranks
+from meshwright.verify.matrix import all_cases, all_long_cases, all_state_cases
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers that ranks import by name
 
@@ -32,3 +33,11 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield pool
     for opened in pools.values():
         opened.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line below the results, where agreement cases ran."""
+    ran = [r for r in terminalreporter.stats.get("passed", []) if "test_formula_rehearsal_and_run_agree" in r.nodeid]
+    if ran:
+        total = len(all_cases()) + len(all_long_cases()) + len(all_state_cases())
+        terminalreporter.write_line(f"agreement: {len(ran)} of {total} cases agree in formula, rehearsal and run")

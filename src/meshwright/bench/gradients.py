@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshwright.bench import record
-from meshwright.bench.gradients_rank import MODEL, Problem, Subject, Times, communicate, forget, sample, send_in_calls
+from meshwright.bench.gradients_rank import MODEL, Problem, Subject, Times, communicate, forget, sample, send_once
 from meshwright.bench.pairs import ratio_row
 from meshwright.comm.lab_ranks import LabRanks
 from meshwright.config.tree import Model
@@ -36,8 +36,8 @@ from meshwright.units import MIB
 HOSTS = 2
 DEFAULT_MIB = 25.0
 BUCKETS_MIB = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-CALLS = (1, 4, 16, 64)
-"""In how many calls all gradients are sent, for the constants of the model."""
+SMALL_BYTES = 1024
+"""Of the call whose seconds are the model's o."""
 WARM_UP = 3
 NOTE = "both hosts share the cores of this machine, a thread each; nothing is stepped"
 
@@ -51,7 +51,7 @@ class Setting:
     rates: tuple[str, ...] = ("0.5", "1", "2", "400mbit")
     samples: int = 30
     """Pairs."""
-    sweep: int = 6
+    sweep: int = 4
     """Turns of the sweep."""
     buckets_mib: tuple[float, ...] = BUCKETS_MIB
     problem: Problem = Problem()
@@ -179,15 +179,13 @@ class _Run:
         return rows
 
     def _constants(self, alone: Sequence[Times]) -> tuple[float, float, float]:
-        """o, w and t_bwd of the bucketing model."""
-        counts, seconds = [], []
-        for _ in range(self.setting.sweep):
-            for calls in CALLS:
-                counts.append(calls)
-                seconds.append(max(self.ranks.run(send_in_calls, self.nbytes, calls)))
-        slope, intercept = statistics.linear_regression(counts, seconds)
+        """o, w and t_bwd of the bucketing model: of the smallest call, of one call with all gradients, of `alone`."""
+        small, whole = (
+            statistics.median(max(self.ranks.run(send_once, nbytes)) for _ in range(3 * self.setting.sweep))
+            for nbytes in (SMALL_BYTES, self.nbytes)
+        )
         backward = statistics.median(times.backward - times.forward for times in alone)
-        return max(slope, 0.0), self.nbytes / max(intercept, 1e-9), backward
+        return small, self.nbytes / max(whole - small, 1e-9), backward
 
     def _in_turns(self, subjects: Sequence[Subject], count: int) -> dict[Subject, list[float]]:
         seconds: dict[Subject, list[float]] = {subject: [] for subject in subjects}

@@ -85,14 +85,9 @@ def communicate(problem: Problem, bucket_mib: float) -> tuple[float, float]:
     return everything, last
 
 
-def send_in_calls(nbytes: int, calls: int) -> float:
-    """Seconds to all-reduce so many bytes in so many equal calls, each waited for."""
-    tensors = torch.zeros(nbytes // 4).chunk(calls)
-    dist.barrier()
-    began = time.perf_counter()
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-    return time.perf_counter() - began
+def send_once(nbytes: int) -> float:
+    """Seconds to all-reduce so many bytes."""
+    return _all_reduce([nbytes // 4])
 
 
 def forget() -> None:

@@ -165,7 +165,7 @@ class Gradients:
     samples: int | None = None
     """Pairs of each comparison: 30, or 6 if quick."""
     sweep: int | None = None
-    """Samples of every strategy and bucket: 6, or 2 if quick."""
+    """Samples of every strategy and bucket: 4, or 2 if quick."""
     json: bool = False
     """Print one JSON object and nothing else."""
 

@@ -59,9 +59,11 @@ class States(Protocol):
 class GradientBuckets:
     """Gradients that live in flat buffers, each put on the wire by `send` as its strategy says.
 
-    Every `.grad` is a view of its bucket's buffer, to which autograd adds. A parameter that a backward does not reach
-    keeps the zeros of `begin`; its bucket is sent in its turn, when backward is over. The gradient of a parameter that
-    is used several times must become final once: autograd sees to it in one graph, `model.decoder` for a tied head.
+    Every `.grad` is a view of its bucket's buffer. The first gradient of a step is copied there as soon as autograd has
+    it, others are added: nothing need be zeroed before. A parameter that no backward reaches gets zeros at the end; its
+    bucket is sent in its turn, when backward is over. The gradient of a parameter that is used several times must
+    become final once: autograd sees to it in one graph, `model.decoder` for a tied head, which hands its share to the
+    embedding. `handed` names parameters that get shares in such a way: they are zeroed first, and all is added.
     """
 
     def __init__(
@@ -70,22 +72,27 @@ class GradientBuckets:
         parts: Sequence[Bucket],
         strategy: Strategy,
         send: Callable[[Bucket, torch.Tensor], Pending],
+        handed: Sequence[str] = (),
     ) -> None:
         self.parts, self.buffers = parts, [_buffer(bucket, parameters) for bucket in parts]
         self._overlapped, self._send = is_overlapped(strategy), send
         self._missing: list[set[str]] = [set() for _ in parts]
         self._pending: list[Pending] = []
         self._armed = False
+        self._parameters, self._handed, self._views = parameters, handed, {}
         for index, (bucket, buffer) in enumerate(zip(parts, self.buffers, strict=True)):
             for spec, start in bucket.places():
                 parameter = parameters[spec.name]
-                parameter.grad = _view(buffer, start, parameter.shape)
-                if self._overlapped:
-                    parameter.register_post_accumulate_grad_hook(self._hook(index, spec.name))
+                parameter.grad = self._views[spec.name] = _view(buffer, start, parameter.shape)
+                parameter.register_post_accumulate_grad_hook(self._hook(index, spec.name))
 
     def begin(self) -> None:
-        """Zero all gradients."""
-        torch._foreach_zero_(self.buffers)
+        """Forget all gradients."""
+        for name, parameter in self._parameters.items():
+            if name in self._handed:
+                parameter.grad = self._views[name].zero_()
+            else:
+                parameter.grad = None
 
     def last(self) -> None:
         """From now on a gradient that autograd adds to is final."""
@@ -95,6 +102,9 @@ class GradientBuckets:
     def finish(self) -> None:
         """Send what is not on the wire yet, and wait for all."""
         self._armed = False
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                parameter.grad = self._views[name].zero_()
         while len(self._pending) < len(self.parts):
             self._send_next()
             if not self._overlapped:
@@ -104,8 +114,14 @@ class GradientBuckets:
         self._pending = []
 
     def _hook(self, index: int, name: str) -> Callable[[torch.Tensor], None]:
+        view = self._views[name]
+
         def ready(parameter: torch.Tensor) -> None:
-            if self._armed:
+            assert parameter.grad is not None
+            if parameter.grad is not view:
+                view.copy_(parameter.grad)
+                parameter.grad = view
+            if self._armed and self._overlapped:
                 self._missing[index].discard(name)
                 while len(self._pending) < len(self.parts) and not self._missing[len(self._pending)]:
                     self._send_next()
@@ -145,11 +161,12 @@ class Replicated:
         strategy: Strategy,
         axis: Axis,
         neighbours: Neighbours,
+        handed: Sequence[str] = (),
     ) -> None:
         def send(bucket: Bucket, buffer: torch.Tensor) -> Pending:
             return axis.all_reduce(buffer, site=bucket.site, phase="backward")
 
-        self._gradients, self._neighbours = GradientBuckets(parameters, parts, strategy, send), neighbours
+        self._gradients, self._neighbours = GradientBuckets(parameters, parts, strategy, send, handed), neighbours
         specs = {spec.name: spec for bucket in parts for spec in bucket.members}
         self.owned = [Owned(specs[name], parameter) for name, parameter in parameters.items()]
 

@@ -29,15 +29,17 @@ class ShardedStates:
         states: Axis,
         replicas: Axis,
         neighbours: Neighbours,
+        handed: Sequence[str] = (),
     ) -> None:
-        """`states`: the ranks that divide the states; `replicas`: those that hold the same part."""
+        """`states`: the ranks that divide the states; `replicas`: those that hold the same part. `handed` as of
+        `GradientBuckets`."""
 
         def send(bucket: Bucket, buffer: torch.Tensor) -> Pending:
             return states.reduce_scatter_in_place(buffer, site=bucket.site, phase="backward")
 
         self._parts, self._states, self._replicas, self._neighbours = parts, states, replicas, neighbours
         self._values = [_moved(bucket, parameters) for bucket in parts]
-        self._gradients = GradientBuckets(parameters, parts, strategy, send)
+        self._gradients = GradientBuckets(parameters, parts, strategy, send, handed)
         self._needed = in_order_of_need(parts, parameters)
         self._arriving: dict[str, Pending] = {}
         self.owned = [owned for index in range(len(parts)) for owned in self._pieces(index)]

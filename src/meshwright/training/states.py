@@ -28,9 +28,12 @@ def states_of(job: Job, model: Decoder, specs: tuple[ParamSpec, ...], world: Wor
         return FullyShardedStates(model, layers, specs, layout, world, param_dtype=dtypes[0], reduce_dtype=dtypes[1])
     parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}
     parts = buckets(specs, layout.gradients, bucket_bytes(job), layout.state_group_size)
+    handed = ("embedding.weight",) if job.model.tied else ()
     if not layout.state_axes:
-        return Replicated(parameters, parts, layout.gradients, world.gradient_axis, world.neighbours)
-    sharded = ShardedStates(parameters, parts, layout.gradients, world.state_axis, world.replica_axis, world.neighbours)
+        return Replicated(parameters, parts, layout.gradients, world.gradient_axis, world.neighbours, handed)
+    sharded = ShardedStates(
+        parameters, parts, layout.gradients, world.state_axis, world.replica_axis, world.neighbours, handed
+    )
     for name, module in units(model).items():
         sharded.waited_for_by(module, _names(name, module, parameters))
     return sharded
