@@ -86,12 +86,13 @@ def test_automatic_buckets_need_figures_of_the_links():
     unknown = Cluster(hosts=2, devices_per_host=2)
     (violation,) = layout.violations(Model(), unknown, training)
     assert violation.message == (
-        "layout.bucket_mib = auto needs cluster.intra.bandwidth and cluster.inter.bandwidth, which is not known (the "
-        "best size follows from the links): give a cluster of meshwright bench calibrate, or a number such as 25"
+        "layout.bucket_mib = auto needs cluster.intra.bandwidth and cluster.inter.bandwidth, not known of this cluster "
+        "(the best size follows from the links): give a cluster of meshwright bench calibrate, or a number such as 25"
     )
     known = Cluster(hosts=1, devices_per_host=4, intra=Link(1e-5, 1e9))
     assert layout.violations(Model(), known, training) == []
-    assert Layout(tensor=2, bucket_mib="auto").violations(Model(), unknown, training) == []
+    for without_size in (Layout(tensor=2), Layout(replicate=4, gradients="flat"), Layout(shard=4)):
+        assert replace(without_size, bucket_mib="auto").violations(Model(), unknown, training) == []
 
 
 def test_sequence_and_heads_over_two_axes():

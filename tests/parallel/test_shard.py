@@ -22,11 +22,13 @@ from ranked_states import Tensors, Trained
 from meshwright.account import Issue, diff, diff_ledgers
 from meshwright.comm.ranks import Ranks
 from meshwright.config.legality import require_legal
-from meshwright.config.tree import Job, Layout, Model
+from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.model.build import specs_of
 from meshwright.planner.buckets import bucket_bytes
 from meshwright.planner.step import formula
+from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.schemes.replicate import Bucket, Strategy, buckets
+from meshwright.verify.agreement import differences_of
 
 Pool = Callable[[int], Ranks]
 MODEL = Model(layers=2, d_model=6, d_ff=10, heads=4, kv_heads=2, head_dim=2, vocab_size=13)
@@ -199,3 +201,16 @@ def test_modules_wait_for_their_own_parameters_only(ranks: Pool, strategy: Strat
         if strategy != "flat":
             last = max(i for i, kind in enumerate(kinds) if kind == "wait")
             assert any(word.startswith("compute layers.0") for word in words[:last])
+
+
+def test_a_rank_that_holds_only_padding_steps_nothing() -> None:
+    """Norms of 4 elements, a bucket each, over 5 ranks: the last has none of any parameter of 4 or fewer rows."""
+    model = Model(layers=1, d_model=4, d_ff=4, heads=2, kv_heads=2, head_dim=2, vocab_size=4)
+    job = Job(
+        model=model,
+        layout=Layout(shard=5, zero=1, gradients="naive"),
+        training=Training(batch=5, seq_len=4, device="cpu"),
+    )
+    for rank in (0, 4):
+        assert not list(differences_of(formula(job, rank), rehearse_job(job, rank)))
+    assert formula(job, 4).footprint.bytes["optimiser_states"] == 0

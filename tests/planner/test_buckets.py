@@ -35,8 +35,8 @@ def test_a_size_that_is_set() -> None:
         (Layout(replicate=2), 1.0, CLUSTER.intra),  # an all-reduce sends 2(n-1)/n of its payload
         (Layout(replicate=8), 2 * 7 / 8, CLUSTER.inter),
         (Layout(replicate=4, tensor=2), 2 * 3 / 4, CLUSTER.inter),
-        (Layout(shard=4, zero=1), 3 / 4, CLUSTER.inter),  # a reduce-scatter (n-1)/n
-        (Layout(replicate=2, shard=2, zero=1, tensor=2), 1 / 2, CLUSTER.inter),
+        (Layout(shard=4, zero=1), 2 * 3 / 4, CLUSTER.inter),  # a reduce-scatter (n-1)/n, twice that over gloo
+        (Layout(replicate=2, shard=2, zero=1, tensor=2), 2 * 1 / 2, CLUSTER.inter),
     ],
 )
 def test_automatic_size_is_the_models_for_the_link(layout: Layout, wire_per_byte: float, link: Link) -> None:

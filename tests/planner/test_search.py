@@ -104,6 +104,17 @@ def test_typed_degrees_stay() -> None:
     assert {c.job.layout.tensor for c in plan(job("llama3-8b", layout__tensor=4), 64, {"tensor"}).layouts} == {4}
 
 
+def test_a_stage_of_zero_lets_ranks_of_the_batch_shard() -> None:
+    found = plan(job("llama3-8b", layout__zero=3), 64)
+    degrees = {(c.job.layout.shard, c.job.layout.tensor, c.job.layout.replicate) for c in found.layouts}
+    assert degrees == {(64, 1, 1), (32, 2, 1), (16, 4, 1), (8, 8, 1), (4, 16, 1), (2, 32, 1)}
+    assert all(c.to_json()["zero"] == 3 for c in found.layouts)
+    replicated = plan(job("llama3-8b"), 64)
+    assert max(c.account.footprint.bytes["optimiser_states"] for c in found.layouts) < min(
+        c.account.footprint.bytes["optimiser_states"] for c in replicated.layouts if c.job.layout.tensor < 32
+    )
+
+
 def test_top_keeps_the_best() -> None:
     every = plan(job("llama3-8b"), 64).layouts
     assert plan(job("llama3-8b"), 64, top=2).layouts == every[:2]
@@ -153,6 +164,7 @@ def test_json_of_a_layout() -> None:
     row = plan(job("quickstart", layout__tensor=2)).to_json()["layouts"][0]
     assert row["layout"] == {"pipeline": 1, "replicate": 1, "shard": 1, "ring": 1, "ulysses": 1, "tensor": 2}
     assert row["memory_bytes"] == row["footprint"]["peak"]
+    assert row["zero"] == 0
     assert set(row["exposed_seconds"]) == {"tensor"}
     assert {"fits", "step_seconds", "mfu", "ledger", "why", "time_model", "status"} <= row.keys()
 
@@ -198,3 +210,17 @@ def test_a_plan_prices_the_rank_of_a_ring_that_no_other_exceeds() -> None:
             every = [formula(job, rank) for rank in range(ring)]
             assert priced.account.footprint.peak == max(account.footprint.peak for account in every)
             assert priced.account.work.flops() == max(account.work.flops() for account in every)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("ring", [2, 3, 7])
+def test_a_plan_prices_what_no_rank_exceeds_where_states_are_sharded(ring: int, zero: int, order: str) -> None:
+    """The last rank of a contiguous ring works most and holds the shortest part of the states."""
+    overrides = {"layout.ring": ring, "layout.zero": zero, "layout.ring_order": order, "training.seq_len": 28 * ring}
+    overrides |= {"model.vocab_size": 257, "model.layers": 2, "training.batch": 1, "training.device": "cpu"}
+    job = load_job("quickstart", [(path, str(value)) for path, value in overrides.items()])
+    (priced,) = plan(job).layouts
+    every = [formula(job, rank) for rank in range(ring)]
+    assert priced.account.footprint.peak == max(account.footprint.peak for account in every)
+    assert priced.account.work.flops() == max(account.work.flops() for account in every)

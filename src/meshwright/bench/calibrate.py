@@ -36,6 +36,7 @@ from meshwright.config.hardware import load_cluster
 from meshwright.config.ranges import PRECISIONS
 from meshwright.config.tree import Cluster, Device, Link
 from meshwright.errors import UserError
+from meshwright.model.build import DTYPES
 from meshwright.units import format_bandwidth, format_seconds
 
 LINK_OPERATION = "all_reduce"
@@ -43,7 +44,6 @@ LINK_OPERATION = "all_reduce"
 
 ASSUMED_LINKS = "laptop"
 TIMEOUT_SECONDS = 300.0
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def rates_rank(sizes: Sequence[int], copy_bytes: int, samples: int, kind: Litera
     rates = []
     for precision in PRECISIONS:
         for size in sizes:
-            a, b = (torch.ones(size, size, dtype=_DTYPES[precision], device=device) for _ in range(2))
+            a, b = (torch.ones(size, size, dtype=DTYPES[precision], device=device) for _ in range(2))
             out = torch.empty_like(a)
             seconds = _seconds(partial(torch.mm, a, b, out=out), device, samples)
             rates.append(Rate(name=precision, size=size, amount=2 * size**3, seconds=seconds))
@@ -164,7 +164,7 @@ def _rate_rows(ranks: int, found: Sequence[Sequence[Rate]]) -> list[dict[str, An
 def cluster_of(setting: Setting, rows: Sequence[Mapping[str, Any]], source: str) -> Cluster:
     """The cluster that rows describe. Raises UserError where what it needs failed."""
     needed = [row for row in rows if row.get("operation", LINK_OPERATION) == LINK_OPERATION]
-    if failed := [_failure(row) for row in needed if "failed" in row]:
+    if failed := [_failure(row) for row in needed if "failed" in row or "skipped" in row]:
         raise UserError("\n".join(f"calibrate cannot write a cluster: {failure}" for failure in failed))
     best: dict[str, float] = {}
     for row in rows:
@@ -200,7 +200,11 @@ def cluster_of(setting: Setting, rows: Sequence[Mapping[str, Any]], source: str)
 
 
 def _failure(row: Mapping[str, Any]) -> str:
-    return f"{row['tier']} {row['operation']}: {row['failed']}" if "tier" in row else str(row["failed"])
+    return (
+        f"{row['tier']} {row['operation']}: {row.get('failed') or row['skipped']}"
+        if "tier" in row
+        else str(row["failed"])
+    )
 
 
 def _round(value: float) -> float:

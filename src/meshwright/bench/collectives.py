@@ -355,8 +355,13 @@ def _fit_row(place: Place, tier: str, operation: str, rows: Sequence[dict[str, A
     }
     points = [(row["wire_bytes"] * row["backend_factor"], row["median"]) for row in found]
     fitted = fit(points, place.rates.get(tier))
+    if fitted is None and len(found) < 2:
+        return record.row(**settings, skipped="fewer than two sizes were measured, and one tells no bandwidth")
     if fitted is None:
-        return record.row(**settings, failed=_why_not(len(found)))
+        reason = (
+            f"the seconds of {len(found)} sizes do not grow with them: give larger --max-bytes, on a machine at rest"
+        )
+        return record.row(**settings, failed=reason)
     return record.row(
         **settings,
         latency_seconds=fitted.latency_seconds,
@@ -364,10 +369,3 @@ def _fit_row(place: Place, tier: str, operation: str, rows: Sequence[dict[str, A
         residuals=list(fitted.residuals),
         worst_residual=fitted.worst,
     )
-
-
-def _why_not(num_sizes: int) -> str:
-    """Why so many sizes gave no fit."""
-    if num_sizes < 2:
-        return f"{'one size tells' if num_sizes else 'without sizes there is'} no bandwidth: give more --max-seconds"
-    return f"the seconds of {num_sizes} sizes do not grow with them: give larger --max-bytes, on a machine at rest"

@@ -20,14 +20,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.bench import record
 from meshwright.bench.gradients_rank import MODEL, Problem, Subject, Times, communicate, forget, sample, send_once
 from meshwright.bench.pairs import ratio_row
 from meshwright.comm.lab_ranks import LabRanks
-from meshwright.config.tree import Model
+from meshwright.comm.ranks import RankError
 from meshwright.errors import UserError
 from meshwright.lab import Lab, rate_bytes_per_second
 from meshwright.schemes import bucketing
@@ -55,12 +55,14 @@ class Setting:
     """Turns of the sweep."""
     buckets_mib: tuple[float, ...] = BUCKETS_MIB
     problem: Problem = Problem()
+    quick: bool = False
+    """Whether model and buckets are those of `QUICK`."""
 
     def command(self) -> str:
         """What measures this."""
-        return (
-            f"meshwright bench gradients --rates {','.join(self.rates)} --samples {self.samples} --sweep {self.sweep}"
-        )
+        quick = " --quick" if self.quick else ""
+        options = f"--rates {','.join(self.rates)} --samples {self.samples} --sweep {self.sweep}"
+        return f"meshwright bench gradients{quick} {options}"
 
 
 QUICK = Setting(
@@ -68,7 +70,8 @@ QUICK = Setting(
     samples=6,
     sweep=2,
     buckets_mib=(1.0, 4.0),
-    problem=Problem(Model(**{**vars(MODEL), "layers": 2}), 128),
+    problem=Problem(replace(MODEL, layers=2), 128),
+    quick=True,
 )
 
 
@@ -82,9 +85,9 @@ def check(setting: Setting) -> None:
     for rate in setting.rates:
         try:
             if _ratio(rate) is None:
-                rate_bytes_per_second(rate)
+                rate_bytes_per_second(rate, "--rates")
         except UserError as error:
-            mistakes.append(f"--rates: {error}")
+            mistakes.append(str(error))
     if mistakes:
         raise UserError("\n".join(mistakes))
 
@@ -100,7 +103,12 @@ def measure(setting: Setting, report: Callable[[str], None] = lambda _: None) ->
             rate = _rate_of(label, alone, setting.problem)
             lab.set_rate(rate)
             report(f"rate {label}: {rate}")
-            rows += run.at_rate(label, rate)
+            try:
+                rows += run.at_rate(label, rate)
+            except RankError as error:  # with it the pool is closed: this rate and those after it have no rows
+                why = f"rank {error.rank}: {error.reason.strip().splitlines()[-1]}"
+                rows.append(record.row(rate=label, link=rate, part="lost", note=NOTE, failed=why))
+                break
     return rows
 
 
@@ -111,7 +119,7 @@ def _ratio(label: str) -> float | None:
     except ValueError:
         return None
     if not 0.01 <= ratio <= 100:
-        raise UserError(f"{label} is not a ratio of communication to backward between 0.01 and 100")
+        raise UserError(f"--rates = {label} is not a ratio of communication to backward between 0.01 and 100: use one")
     return ratio
 
 
@@ -231,7 +239,9 @@ class _Run:
         """Beside the limit of its buckets, if it has some."""
         settings: dict[str, Any] = {"subject": subject.kind, **about}
         limit = None
-        if subject.kind in ("bucketed", "ddp"):
+        if subject.kind == "ddp":
+            settings["bucket_mib"] = subject.bucket_mib  # how it divides gradients is its own affair
+        if subject.kind == "bucketed":
             everything, last = self._communication(subject.bucket_mib)
             forward, backward, first = (
                 statistics.median(getattr(times, name) for times in alone)

@@ -170,7 +170,7 @@ class Gradients:
     """Print one JSON object and nothing else."""
 
     def show(self) -> int:
-        """0: what is measured is no check."""
+        """1 where ranks were lost."""
         from meshwright.bench import gradients, record
 
         given = {
@@ -186,7 +186,7 @@ class Gradients:
             from meshwright.cli.show_gradients import show_gradients
 
             show_gradients(rows)
-        return 0
+        return 1 if any("failed" in row for row in rows) else 0
 
 
 def _collectives(given: Collectives | Calibrate) -> collectives.Setting:

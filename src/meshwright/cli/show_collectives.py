@@ -62,8 +62,8 @@ def _skipped(cases: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _fit_cells(row: dict[str, Any]) -> list[str]:
-    if "failed" in row:
-        return [row["operation"], row["tier"], "?", "?", "", "", row["failed"]]
+    if "failed" in row or "skipped" in row:
+        return [row["operation"], row["tier"], "?", "?", "", "", row.get("failed") or row["skipped"]]
     rate = format_bandwidth(row["link_rate"]) if row["link_rate"] else ""
     constants = seconds_text(row["latency_seconds"]), format_bandwidth(row["bandwidth"])
     return [row["operation"], row["tier"], *constants, rate, f"{row['worst_residual']:.0%}", ""]

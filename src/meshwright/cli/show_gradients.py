@@ -17,6 +17,7 @@ def show_gradients(rows: Sequence[dict[str, Any]]) -> None:
         parts = [row for row in own if row.get("part", "").startswith("alone")]
         emit(", ".join(f"{row['part'].removeprefix('alone: ')} {seconds_text(row['median'])}" for row in parts))
         emit(_subjects([row for row in own if "subject" in row]), _comparisons([r for r in own if "comparison" in r]))
+        emit(*(f"failed: {row['failed']}" for row in own if "failed" in row))
     if rows:
         emit(f"note: {rows[0]['note']}")
 

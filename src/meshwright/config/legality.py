@@ -200,7 +200,8 @@ def _sharding_of_states(layout: Layout, training: Training) -> Iterator[Violatio
 
 
 def _size_of_buckets(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
-    if layout.bucket_mib != "auto" or layout.gradient_group_size == 1:
+    sized = layout.gradients == "bucketed" and layout.zero_stage < 2 and layout.gradient_group_size > 1
+    if layout.bucket_mib != "auto" or not sized:
         return
     tiers = {"intra": cluster.devices_per_host > 1, "inter": layout.world > cluster.devices_per_host}
     unknown = [f"cluster.{tier}.bandwidth" for tier, used in tiers.items() if used]
@@ -208,8 +209,8 @@ def _size_of_buckets(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
     if unknown:
         yield Violation(
             "bucket",
-            f"layout.bucket_mib = auto needs {listed(unknown, 'and')}, which is not known (the best size follows from "
-            f"the links): give a cluster of meshwright bench calibrate, or a number such as 25",
+            f"layout.bucket_mib = auto needs {listed(unknown, 'and')}, not known of this cluster (the best size "
+            f"follows from the links): give a cluster of meshwright bench calibrate, or a number such as 25",
         )
 
 

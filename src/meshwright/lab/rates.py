@@ -68,6 +68,6 @@ class Rate:
         return f"tbf rate {self.bits_per_second}bit burst {self.burst_bytes} limit {self.queue_bytes}"
 
 
-def rate_bytes_per_second(text: str) -> float:
-    """Bytes a second of a rate such as `400mbit`. Raises UserError."""
-    return Rate.parse(text).bytes_per_second
+def rate_bytes_per_second(text: str, name: str = "rate") -> float:
+    """Bytes a second of a rate such as `400mbit`. Raises UserError, in which `name` is what was set."""
+    return Rate.parse(text, name).bytes_per_second

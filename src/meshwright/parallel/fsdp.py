@@ -55,10 +55,8 @@ class FullyShardedStates:
         if layout.prefetch > 1:
             _prefetch(model, list(layers.values()), layout.prefetch)
         self.owned = [Owned(spec, nn.Parameter(_local(self._parameters[spec.name]))) for spec in specs]
-        for one in self.owned:
-            one.parameter.grad = torch.zeros_like(
-                one.parameter
-            )  # until the first step: an optimiser may make its states
+        for one in self.owned:  # until the first step: an optimiser may make its states
+            one.parameter.grad = torch.zeros_like(one.parameter)
 
     def _adopt(self, unit: FSDPModule, site: str, names: Sequence[str], axis: Axis, replicas: Axis) -> None:
         unit.set_custom_all_gather(cast(Any, _AllGather(axis, site)))
@@ -69,6 +67,7 @@ class FullyShardedStates:
             parameters = [self._parameters[name] for name in names]
 
             def reduce_over_replicas(flat: torch.Tensor) -> None:
+                _used_here(flat)
                 if self._is_last:
                     _take_over(flat, parameters)
                     replicas.all_reduce(flat, site=site, phase="backward").wait()
@@ -106,7 +105,7 @@ class FullyShardedStates:
     def whole_gradient(self, spec: ParamSpec) -> torch.Tensor:
         gradient = self._parameters[spec.name].grad
         if gradient is None:
-            return torch.zeros(spec.local_shape)
+            return torch.zeros(spec.local_shape, device=self._parameters[spec.name].device)
         with scope(phase="control"):
             return cast(DTensor, gradient).full_tensor()
 
@@ -138,9 +137,21 @@ def _take_over(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
     """
     first = parameters[0].grad
     if first is not None:
-        flat += _local(first).as_strided((flat.numel(),), (1,), 0)  # all are views of what was reduced then
+        before = _local(first).as_strided((flat.numel(),), (1,), 0)  # all are views of what was reduced then
+        _used_here(before)
+        flat += before
         for parameter in parameters:
             parameter.grad = None
+
+
+def _used_here(tensor: torch.Tensor) -> None:
+    """On CUDA, keep its memory from being reused before the present stream is done with it.
+
+    fully_shard makes what it reduces on a stream of its own, and holds it for its own sums over replicas, not for those
+    of a hook: freed, it would be the next unit's while this one's sum is on the wire. No test on a CPU can see this.
+    """
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class _Allocates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from meshwright.account import wire_bytes
+from meshwright.config.backends import backend_factor
 from meshwright.config.tree import Job
 from meshwright.planner.flops import backward_seconds
 from meshwright.planner.wire import link
@@ -30,6 +31,7 @@ def bucket_bytes(job: Job) -> int:
     if ranks == 1:
         return nbytes
     over = link(axis, ranks, layout, job.cluster)
-    through = over.bandwidth * nbytes / wire_bytes(operation, ranks, nbytes)
+    factor = backend_factor("gloo" if job.training.device == "cpu" else "nccl", operation)
+    through = over.bandwidth * nbytes / (wire_bytes(operation, ranks, nbytes) * factor)
     computing = backward_seconds(job)
     return bucketing.bucket_bytes(nbytes, over.latency_seconds, through, math.inf if computing is None else computing)

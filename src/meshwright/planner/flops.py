@@ -26,6 +26,10 @@ def forward_flops(job: Job) -> int:
 
 
 def backward_seconds(job: Job) -> float | None:
-    """Of one micro-batch: twice the forward's products; None where the device has no known peak."""
+    """Of one micro-batch: twice the forward's products, and those again under full recomputation.
+
+    None where the device has no known peak.
+    """
     peak = job.cluster.device.peak_flops.get(job.training.precision)
-    return 2 * forward_flops(job) / (EFFICIENCY * peak) if peak else None
+    passes = 3 if job.layout.recompute == "full" else 2
+    return passes * forward_flops(job) / (EFFICIENCY * peak) if peak else None

@@ -63,6 +63,7 @@ class Candidate:
         account = self.account.to_json()
         return {
             "layout": {axis: self.job.layout.degree(axis) for axis in AXES},
+            "zero": self.job.layout.zero_stage,
             "world": self.job.layout.world,
             "fits": self.fits,
             "missing_bytes": self.missing_bytes,
@@ -134,8 +135,12 @@ def price(job: Job) -> Candidate:
 
 
 def candidates(layout: Layout, devices: int, typed: Collection[str]) -> Iterator[Layout]:
-    """Layouts of `devices` ranks that differ from `layout` in the varied axes that were not typed."""
-    free = [axis for axis in VARIED if axis not in typed]
+    """Layouts of `devices` ranks that differ from `layout` in the varied axes that were not typed.
+
+    Where a stage of ZeRO was set, ranks that divide the batch shard its states: `shard` is varied, not `replicate`.
+    """
+    varied = ("tensor", "shard") if layout.zero not in ("auto", 0) else VARIED
+    free = [axis for axis in varied if axis not in typed]
     given = {axis: layout.degree(axis) for axis in AXES if axis not in free}
     fixed = math.prod(given.values())
     if devices % fixed or (devices != fixed and not free):

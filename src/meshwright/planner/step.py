@@ -7,6 +7,7 @@ micro-batch, the synchronisation of gradients, the loss, the norm and the optimi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from meshwright.account import StepAccount, Trace
 from meshwright.config.tree import Job, Layout, Model
@@ -19,25 +20,30 @@ from meshwright.schemes.tape import BOOL, FLOAT32, FLOAT64, INT64, Group, Sizes,
 def formula(job: Job, rank: int = 0) -> StepAccount:
     """The account of one step of a legal job. Time is left out (see `planner.estimate`).
 
-    Ranks differ only by their coordinate on the ring.
+    Ranks differ by their coordinate on the ring, and by their part of sharded states.
     """
     return StepAccount.of(step_trace(job, rank), source="formula", rank=rank, world=job.layout.world, job=job.name)
 
 
 def heaviest(job: Job) -> StepAccount:
-    """The account of a rank that no other exceeds, neither in work nor in memory."""
+    """What no rank exceeds: the account of the one that works most, with the footprint of the one that holds most."""
     stride = job.layout.stride("ring")
     accounts = [formula(job, coordinate * stride) for coordinate in _heaviest_coordinates(job.layout)]
-    return max(accounts, key=lambda account: account.footprint.peak)
+    busiest = max(accounts, key=lambda account: (account.work.flops(), account.footprint.peak))
+    fullest = max(accounts, key=lambda account: account.footprint.peak)
+    return replace(busiest, footprint=fullest.footprint)
 
 
-def _heaviest_coordinates(layout: Layout) -> tuple[int, ...]:
-    """On the ring. Contiguous: the last, which sees every key. Zigzag: work is equal; a step that shows all queries
-    half of the keys needs other memory than one that shows half of the queries all keys, and only ranks between the
-    first and the last have both kinds."""
+def _heaviest_coordinates(layout: Layout) -> set[int]:
+    """On the ring, of the ranks that work most or hold most.
+
+    Contiguous: the last, which sees every key. Zigzag: work is equal; a step that shows all queries half of the keys
+    needs other memory than one that shows half of the queries all keys, and only ranks between the first and the last
+    have both kinds. Of sharded states the first ranks hold the longest parts.
+    """
     if layout.ring_order == "contiguous" or layout.ring == 1:
-        return (layout.ring - 1,)
-    return (0, 1) if layout.ring == 2 else (1,)
+        return {layout.ring - 1} | ({0, max(0, layout.ring - 2)} if layout.state_axes else set())
+    return {0, 1} if layout.ring == 2 or layout.state_axes else {1}
 
 
 def step_trace(job: Job, rank: int = 0) -> Trace:

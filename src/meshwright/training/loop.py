@@ -42,6 +42,7 @@ def run(job: Job, place: Place, folder: RunFolder | None) -> None:
                 outcome = _timed_step(index, state, text, world, report)
                 if report is not None:
                     report.step(outcome)
+        state.states.settle()
         if report is not None:
             report.close()
 

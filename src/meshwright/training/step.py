@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,7 +85,7 @@ class State:
 def _adamw(job: Job, owned: Sequence[Owned]) -> torch.optim.Optimizer:
     """Fused AdamW: no copies of parameters or gradients while it steps."""
     training = job.training
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": [parameter for spec, parameter in owned if spec.decay == decay],
             "weight_decay": training.weight_decay if decay else 0.0,
@@ -93,6 +93,8 @@ def _adamw(job: Job, owned: Sequence[Owned]) -> torch.optim.Optimizer:
         for decay in (True, False)
     ]
     betas = (training.beta1, training.beta2)
+    if not owned:  # a rank that holds nothing but padding still takes part in every step
+        groups[0]["params"] = [torch.nn.Parameter(torch.empty(0))]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.learning_rate, betas=betas, fused=True)
 
 
