@@ -7,7 +7,7 @@
                   `meshwright bench ring`: attention over a divided sequence, ring contiguous and zigzag, Ulysses, both
     collectives   `meshwright bench collectives`: 2 and 4 ranks here, and in the lab 2 hosts of 1 and of 2 ranks
     gradients-two-hosts
-                  `meshwright bench gradients`: strategies and torch's DDP in the lab, over buckets and rates; 20 minutes
+                  `meshwright bench gradients`: strategies and DDP in the lab, over buckets and rates; 20 minutes
 
 `python benchmarks/commands.py [NAME ...]` runs some of them. Limits are the project's own targets.
 """

@@ -112,7 +112,8 @@ def test_what_failed_makes_no_cluster() -> None:
     with pytest.raises(UserError) as raised:
         cluster_of(SETTING, rows, "")
     assert str(raised.value) == (
-        "calibrate cannot write a cluster: intra all_reduce: one size tells no bandwidth: give more --max-seconds"
+        "calibrate cannot write a cluster: intra all_reduce: fewer than two sizes were measured, and one tells no "
+        "bandwidth"
     )
     with pytest.raises(UserError, match=r"^calibrate cannot write a cluster: rank 1: out of luck$"):
         cluster_of(SETTING, [{"kind": "rate", "ranks": 4, "failed": "rank 1: out of luck"}], "")

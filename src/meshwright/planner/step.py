@@ -26,7 +26,10 @@ def formula(job: Job, rank: int = 0) -> StepAccount:
 
 
 def heaviest(job: Job) -> StepAccount:
-    """What no rank exceeds: the account of the one that works most, with the footprint of the one that holds most."""
+    """What no rank exceeds: the account of the one that works most, with the footprint of the one that holds most.
+
+    But for a few step counters of 4 bytes, of which ranks have more or fewer with zero 1.
+    """
     stride = job.layout.stride("ring")
     accounts = [formula(job, coordinate * stride) for coordinate in _heaviest_coordinates(job.layout)]
     busiest = max(accounts, key=lambda account: (account.work.flops(), account.footprint.peak))
