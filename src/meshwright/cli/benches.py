@@ -6,9 +6,10 @@ A new benchmark is a class here and a line in `BENCHES`. It is a page of `bench/
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from meshwright.errors import UserError
 
@@ -49,20 +50,16 @@ class Ring:
 
     def show(self) -> int:
         """1 where a layout failed, or differs from its formula."""
-        from meshwright.bench import record, ring
+        from meshwright.bench import ring
         from meshwright.bench.context import Setting
 
         own = {name: value for name, value in vars(self).items() if name not in ("quick", "json")}
         given = {name: value for name, value in own.items() if value is not None}
         setting = replace(ring.QUICK if self.quick else Setting(), **given)
         rows = ring.measure(setting)
-        if self.json:
-            print(json.dumps({"records": [record.of("ring", setting.command(), rows)]}, allow_nan=False))
-        else:
-            from meshwright.cli.show import show_ring
+        from meshwright.cli.show import show_ring
 
-            show_ring(rows)
-        return 1 if any("failed" in row for row in rows) else 0
+        return _told("ring", setting.command(), rows, show_ring, as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +92,12 @@ class Collectives:
     def show(self) -> int:
         """1 where something failed; what was skipped for want of time or memory did not."""
         setting = _collectives(self)
-        from meshwright.bench import collectives, record
+        from meshwright.bench import collectives
 
         rows = collectives.measure(setting)
-        if self.json:
-            print(json.dumps({"records": [record.of("collectives", setting.command(), rows)]}, allow_nan=False))
-        else:
-            from meshwright.cli.show_collectives import show_collectives
+        from meshwright.cli.show_collectives import show_collectives
 
-            show_collectives(rows)
-        return 1 if any("failed" in row for row in rows) else 0
+        return _told("collectives", setting.command(), rows, show_collectives, as_json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +164,7 @@ class Gradients:
 
     def show(self) -> int:
         """1 where ranks were lost."""
-        from meshwright.bench import gradients, record
+        from meshwright.bench import gradients
 
         given = {
             name: value for name, value in vars(self).items() if name not in ("quick", "json") and value is not None
@@ -180,13 +173,22 @@ class Gradients:
             given["rates"] = tuple(word.strip() for word in given["rates"].split(","))
         setting = replace(gradients.QUICK if self.quick else gradients.Setting(), **given)
         rows = gradients.measure(setting)
-        if self.json:
-            print(json.dumps({"records": [record.of("gradients", setting.command(), rows)]}, allow_nan=False))
-        else:
-            from meshwright.cli.show_gradients import show_gradients
+        from meshwright.cli.show_gradients import show_gradients
 
-            show_gradients(rows)
-        return 1 if any("failed" in row for row in rows) else 0
+        return _told("gradients", setting.command(), rows, show_gradients, as_json=self.json)
+
+
+def _told(
+    name: str, command: str, rows: list[dict[str, Any]], show: Callable[[list[dict[str, Any]]], None], *, as_json: bool
+) -> int:
+    """Print rows, as one record or for people; 1 where something failed."""
+    from meshwright.bench import record
+
+    if as_json:
+        print(json.dumps({"records": [record.of(name, command, rows)]}, allow_nan=False))
+    else:
+        show(rows)
+    return 1 if any("failed" in row for row in rows) else 0
 
 
 def _collectives(given: Collectives | Calibrate) -> collectives.Setting:

@@ -51,7 +51,7 @@ class FullyShardedStates:
         self._units = [cast(FSDPModule, unit) for unit in (*layers.values(), model)]
         for site, unit in zip((*layers, ROOT), self._units, strict=True):
             own = [name for name in self._parameters if _unit_of(name, layers) == site]
-            self._adopt(unit, site, own, axis, world.axes["replicate"])
+            self._adopt(unit, site, own, axis, world.replica_axis)
         if layout.prefetch > 1:
             _prefetch(model, list(layers.values()), layout.prefetch)
         self.owned = [Owned(spec, nn.Parameter(_local(self._parameters[spec.name]))) for spec in specs]

@@ -135,11 +135,7 @@ class GradientBuckets:
 
     def whole_gradient(self, spec: ParamSpec) -> torch.Tensor:
         """A view of the buffer."""
-        for bucket, buffer in zip(self.parts, self.buffers, strict=True):
-            for member, start in bucket.places():
-                if member.name == spec.name:
-                    return _view(buffer, start, torch.Size(spec.local_shape))
-        raise KeyError(spec.name)
+        return self._views[spec.name]
 
 
 def _buffer(bucket: Bucket, parameters: Mapping[str, nn.Parameter]) -> torch.Tensor:

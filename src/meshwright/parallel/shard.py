@@ -92,13 +92,11 @@ class ShardedStates:
         module.register_forward_pre_hook(wait)
 
     def whole_gradient(self, spec: ParamSpec) -> torch.Tensor:
-        for bucket, buffer in zip(self._parts, self._gradients.buffers, strict=True):
-            for member, start in bucket.places():
-                if member.name == spec.name:
-                    whole = buffer.clone()
-                    self._states.all_gather_in_place(whole, site=bucket.site, phase="control").wait()
-                    return whole[start : start + spec.local_numel].view(spec.local_shape)
-        raise KeyError(spec.name)
+        index = next(index for index, bucket in enumerate(self._parts) if spec in bucket.members)
+        whole = self._gradients.buffers[index].clone()
+        self._states.all_gather_in_place(whole, site=self._parts[index].site, phase="control").wait()
+        own = self._gradients.whole_gradient(spec)
+        return whole.as_strided(own.size(), own.stride(), own.storage_offset())
 
 
 def _moved(bucket: Bucket, parameters: Mapping[str, nn.Parameter]) -> torch.Tensor:

@@ -22,7 +22,7 @@ def states_of(job: Job, model: Decoder, specs: tuple[ParamSpec, ...], world: Wor
     for spec in specs:
         if spec.partial_over is not None:
             world.neighbours(*spec.partial_over)  # make the groups now: inside a step it would be too late
-    if layout.zero_stage >= 2 and layout.state_axes:
+    if layout.zero_stage >= 2:
         layers = {name: module for name, module in units(model).items() if name.startswith("layers.")}
         dtypes = DTYPES[job.training.precision], DTYPES[job.training.reduce_precision]
         return FullyShardedStates(model, layers, specs, layout, world, param_dtype=dtypes[0], reduce_dtype=dtypes[1])
