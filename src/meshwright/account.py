@@ -374,17 +374,40 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Spans on lanes. `exposed_seconds` is communication, by axis, during which nothing is computed."""
+    """Spans on lanes, and how the compute lane spends the step: it computes, waits for communication, or idles."""
 
     step_seconds: float | None = None
-    exposed_seconds: Mapping[str, float] = field(default_factory=dict)
+    exposed: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """Seconds in which the compute lane waits for a collective, by its axis and phase."""
+    compute_seconds: float | None = None
+    """Seconds in which it computes."""
     spans: tuple[Span, ...] = ()
+
+    @property
+    def exposed_seconds(self) -> dict[str, float]:
+        """Exposed communication by axis."""
+        by_axis: dict[str, float] = {}
+        for (axis, _), seconds in self.exposed.items():
+            by_axis[axis] = by_axis.get(axis, 0.0) + seconds
+        return by_axis
+
+    @property
+    def idle_seconds(self) -> float | None:
+        """What is neither computing nor waiting for communication; None where a part is not known."""
+        if self.step_seconds is None or self.compute_seconds is None:
+            return None
+        return self.step_seconds - self.compute_seconds - sum(self.exposed.values())
 
     def to_json(self) -> dict[str, Any]:
         """As in the account's JSON."""
         return {
             "step_seconds": self.step_seconds,
-            "exposed_seconds": dict(self.exposed_seconds),
+            "compute_seconds": self.compute_seconds,
+            "exposed_seconds": self.exposed_seconds,
+            "exposed_by_phase": [
+                {"axis": axis, "phase": phase, "seconds": seconds} for (axis, phase), seconds in self.exposed.items()
+            ],
+            "idle_seconds": self.idle_seconds,
             "spans": [span._asdict() for span in self.spans],
         }
 

@@ -112,7 +112,7 @@ class Recorder(torch_private.TorchDispatchMode):
         self._events: list[Event | _Held] = []
         self._marks: list[int] = []
         self._storages: dict[int, _Storage] = {}
-        self._tickets: dict[int, int] = {}
+        self._tickets: dict[int, dict[int, int]] = {}
         self._num_issued = 0
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._modules: list[str] = []
@@ -223,7 +223,7 @@ class Recorder(torch_private.TorchDispatchMode):
         for tensor in call.written:
             storage = self._see(tensor, phase, site)
             storage.categories.add("communication_buffers")
-            self._tickets[torch_private.storage_key(tensor.untyped_storage())] = self._num_issued
+            self._await(tensor, self._num_issued)
         group = scope.current().axis or axis_name(call.group), call.group.size()
         row = (call.operation, *group, call.dtype, call.payload_bytes, phase, site)
         self._events.append(Issue(*row, ticket=self._num_issued))
@@ -235,7 +235,7 @@ class Recorder(torch_private.TorchDispatchMode):
         for tensor in operators.tensors(tensors):
             self._see(tensor, phase, site).categories.add("communication_buffers")
             if isinstance(last, Issue) and last.operation == "shift":
-                self._tickets[torch_private.storage_key(tensor.untyped_storage())] = last.ticket
+                self._await(tensor, last.ticket)
 
     def _computation(self, func: Any, args: Any, kwargs: dict[str, Any], outputs: Any, phase: str, site: str) -> None:
         name = str(func.overloadpacket)
@@ -364,7 +364,15 @@ class Recorder(torch_private.TorchDispatchMode):
         """A `Pending` of comm/ was waited for (see `comm.scope.Observer`)."""
         self._wait(pending.tensor)
 
+    def _await(self, tensor: torch.Tensor, ticket: int) -> None:
+        """A collective fills this tensor. Several may fill parts of one storage: they are told apart by where."""
+        places = self._tickets.setdefault(torch_private.storage_key(tensor.untyped_storage()), {})
+        places[int(tensor.storage_offset())] = ticket
+
     def _wait(self, tensor: torch.Tensor) -> None:
-        ticket = self._tickets.pop(torch_private.storage_key(tensor.untyped_storage()), None)
+        places = self._tickets.get(torch_private.storage_key(tensor.untyped_storage()), {})
+        ticket = places.pop(int(tensor.storage_offset()), None)
+        if ticket is None and len(places) == 1:  # somebody waits for a view of what arrives
+            _, ticket = places.popitem()
         if ticket is not None:
             self._events.append(Wait(ticket, *self._where()))

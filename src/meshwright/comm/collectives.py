@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,19 @@ from meshwright.comm.scope import inside_backend, notify_wait, observed, scope
 
 Reduction = Literal["sum", "max"]
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Call(NamedTuple):
+    """What was put on the wire, for those who time it or say that it failed."""
+
+    operation: str
+    axis: str
+    site: str
+    phase: str | None
+    """None where the caller left it to the recorder."""
+    group: dist.ProcessGroup | None
+    peers: tuple[int, ...] = ()
+    """Ranks of the group that a shift sends to and receives from; empty for what the whole group takes part in."""
 
 
 @dataclass
@@ -35,6 +48,8 @@ class Pending:
     """What is being sent, where that is not the tensor itself."""
     num_references: tuple[int, ...] = ()
     """Holders of the tensor, and of what is sent, before they were put on the wire; known while somebody observes."""
+    call: Call | None = None
+    """None where nothing was put on the wire."""
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     """From the wire's format to the result."""
 
@@ -92,7 +107,7 @@ class Axis:
         holders = _holders(tensor)
         with scope(site, phase, self.name):
             work = dist.all_reduce(tensor, op=_REDUCTIONS[reduction], group=self.group, async_op=True)
-        return Pending(tensor, (work,), num_references=holders)
+        return Pending(tensor, (work,), num_references=holders, call=self._call("all_reduce", site, phase))
 
     def all_gather(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
         """Concatenate every rank's `tensor` along `dim`. Payload: the gathered tensor."""
@@ -103,7 +118,7 @@ class Axis:
             gathered = part.new_empty(self.size * part.shape[0], *part.shape[1:])
             holders = _holders(gathered, part)
             work = torch_private.all_gather_into(gathered, part, group=self.group, async_op=True)
-        pending = Pending(gathered, (work,), part, holders)
+        pending = Pending(gathered, (work,), part, holders, self._call("all_gather", site, phase))
         return pending.then(lambda parts: _side_by_side(parts, self.size, dim)) if dim else pending
 
     def reduce_scatter(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
@@ -115,7 +130,7 @@ class Axis:
             part = parts.new_empty(parts.shape[0] // self.size, *parts.shape[1:])
             holders = _holders(part, parts)
             work = torch_private.reduce_scatter_into(part, parts, group=self.group, async_op=True)
-        return Pending(part, (work,), parts, holders)
+        return Pending(part, (work,), parts, holders, self._call("reduce_scatter", site, phase))
 
     def all_gather_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Fill `tensor`, 1-D, of which each rank has its own equal part. Payload: the tensor."""
@@ -125,7 +140,7 @@ class Axis:
             own = tensor.chunk(self.size)[self.rank]
             holders = _holders(tensor, own)
             work = torch_private.all_gather_into(tensor, own, group=self.group, async_op=True)
-        return Pending(tensor, (work,), own, holders)
+        return Pending(tensor, (work,), own, holders, self._call("all_gather", site, phase))
 
     def reduce_scatter_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Leave in this rank's equal part of `tensor`, 1-D, the sum over the axis; the rest is undefined after.
@@ -138,7 +153,7 @@ class Axis:
             own = tensor.chunk(self.size)[self.rank]
             holders = _holders(own, tensor)
             work = torch_private.reduce_scatter_into(own, tensor, group=self.group, async_op=True)
-        return Pending(own, (work,), tensor, holders)
+        return Pending(own, (work,), tensor, holders, self._call("reduce_scatter", site, phase))
 
     def reduce_scatter_into(
         self, part: torch.Tensor, tensor: torch.Tensor, *, site: str, phase: str | None = None
@@ -148,7 +163,7 @@ class Axis:
         with scope(site, phase, self.name):
             holders = _holders(part, tensor)
             work = torch_private.reduce_scatter_into(part, tensor, group=self.group, async_op=True)
-        return Pending(part, (work,), tensor, holders)
+        return Pending(part, (work,), tensor, holders, self._call("reduce_scatter", site, phase))
 
     def all_to_all(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Send part i of dim 0, [size, ...], to rank i; receive what rank i sent as part i. Payload: the tensor."""
@@ -158,21 +173,32 @@ class Axis:
             received = torch.empty_like(tensor)
             holders = _holders(received, tensor)
             work = dist.all_to_all_single(received, tensor, group=self.group, async_op=True)
-        return Pending(received, (work,), tensor, holders)
+        return Pending(received, (work,), tensor, holders, self._call("all_to_all", site, phase))
 
     def shift(
-        self, tensor: torch.Tensor, *, send_to: int, receive_from: int, site: str, phase: str | None = None
+        self,
+        tensor: torch.Tensor,
+        *,
+        send_to: int,
+        receive_from: int,
+        site: str,
+        phase: str | None = None,
+        into: torch.Tensor | None = None,
     ) -> Pending:
-        """Send `tensor` to one rank of the axis and receive its like from another. Payload: the tensor."""
+        """Send `tensor` to one rank of the axis and receive its like from another. Payload: the tensor.
+
+        What comes is put `into` a contiguous tensor of the same shape, perhaps a part of a larger one.
+        """
         if self.size == 1:
             return Pending(tensor)
         with scope(site, phase, self.name):
-            received = torch.empty_like(tensor)
+            received = torch.empty_like(tensor) if into is None else into
             holders = _holders(received, tensor)
             pair = (dist.isend, tensor, send_to), (dist.irecv, received, receive_from)
             operations = [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t, peer in pair]
             works = dist.batch_isend_irecv(operations)
-        return Pending(received, tuple(works), tensor, holders)
+        call = self._call("shift", site, phase, (send_to, receive_from))
+        return Pending(received, tuple(works), tensor, holders, call)
 
     def broadcast(self, tensor: torch.Tensor, *, site: str, source: int = 0, phase: str | None = None) -> Pending:
         """Copy `tensor` of the rank with coordinate `source` to all, in place. Payload: the tensor."""
@@ -181,7 +207,10 @@ class Axis:
         holders = _holders(tensor)
         with scope(site, phase, self.name):
             work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
-        return Pending(tensor, (work,), num_references=holders)
+        return Pending(tensor, (work,), num_references=holders, call=self._call("broadcast", site, phase))
+
+    def _call(self, operation: str, site: str, phase: str | None, peers: tuple[int, ...] = ()) -> Call:
+        return Call(operation, self.name, site, phase, self.group, peers)
 
 
 def _side_by_side(parts: torch.Tensor, size: int, dim: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ _TRAINING = {
     **dict.fromkeys(("beta1", "beta2"), BELOW_ONE),
     "final_learning_rate": FRACTION,
 }
-_OPTIONS = {"bucket_mib": MIB, "zero": STAGE, "prefetch": UNITS}
+_OPTIONS = {"bucket_mib": MIB, "zero": STAGE, "prefetch": UNITS, "overlap_chunks": UNITS}
 _DEVICE = dict.fromkeys(("memory_bytes", "memory_bandwidth"), AT_LEAST_ZERO)
 _LINK = {"latency_seconds": AT_LEAST_ZERO, "bandwidth": ABOVE_ZERO, "links": DEGREE}
 _CLUSTER = {

@@ -109,6 +109,15 @@ class Layout:
     """What backward computes again instead of keeping it. selective: the attention core; full: whole blocks."""
     ring_order: Literal["contiguous", "zigzag"] = "zigzag"
     """How a ring divides the sequence: one chunk a rank, or one from either end, to balance the causal mask."""
+    overlap: Literal["none", "pipelined", "auto"] = "auto"
+    """Whether tensor-parallel products are cut so that their communication runs under them. auto: what the timeline
+    finds fastest on the cluster, of this and the options that follow; they are then set to it."""
+    overlap_chunks: int = 4
+    """Into how many pieces pipelined cuts each hop, or each sum, of a product."""
+    overlap_ring: Literal["unidirectional", "bidirectional"] = "unidirectional"
+    """Whether the pieces of a hop all go to the next rank, or every second one to the one before."""
+    hierarchical: bool = False
+    """Sum gradients inside each host first, then between hosts, where a host has several ranks of their group."""
 
     @property
     def world(self) -> int:

@@ -58,12 +58,13 @@ def _costs(account: StepAccount, job: Job) -> list[_Cost] | None:
 
 
 def _timeline(costs: list[_Cost]) -> Timeline:
-    exposed: dict[str, float] = defaultdict(float)
+    exposed: dict[tuple[str, str], float] = defaultdict(float)
     for cost in costs:
         if cost.axis:
-            exposed[cost.axis] += cost.seconds
+            exposed[cost.axis, cost.phase] += cost.seconds
     spans = tuple(_tiles(costs))
-    return Timeline(spans[-1].end_seconds if spans else 0.0, dict(exposed), spans)
+    computing = sum(cost.seconds for cost in costs if not cost.axis)
+    return Timeline(spans[-1].end_seconds if spans else 0.0, dict(exposed), computing, spans)
 
 
 def _tiles(costs: list[_Cost]) -> Iterator[Span]:
