@@ -8,31 +8,20 @@ axis of one rank nothing is issued.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from meshwright.comm import torch_private
-from meshwright.comm.scope import inside_backend, notify_wait, observed, scope
+from meshwright.comm.failure import Call, failing_as
+from meshwright.comm.scope import current, inside_backend, notify_wait, observed, scope, waiting
 
 Reduction = Literal["sum", "max"]
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-
-
-class Call(NamedTuple):
-    """What was put on the wire, for those who time it or say that it failed."""
-
-    operation: str
-    axis: str
-    site: str
-    phase: str | None
-    """None where the caller left it to the recorder."""
-    group: dist.ProcessGroup | None
-    peers: tuple[int, ...] = ()
-    """Ranks of the group that a shift sends to and receives from; empty for what the whole group takes part in."""
 
 
 @dataclass
@@ -54,10 +43,13 @@ class Pending:
     """From the wire's format to the result."""
 
     def wait(self) -> torch.Tensor:
-        """Block until the result is there (on CUDA: make the current stream wait), and return it."""
+        """Block until the result is there (on CUDA: make the current stream wait), and return it.
+
+        Raises CollectiveError where a peer is lost.
+        """
         if self.works:
             works, self.works = list(self.works), ()
-            with inside_backend():
+            with inside_backend(), failing_as(self.call), waiting(self.call):
                 while works:  # a work that is done must not be kept: it may hold the tensor
                     works.pop(0).wait()
             if observed():
@@ -105,42 +97,42 @@ class Axis:
         if self.size == 1:
             return Pending(tensor)
         holders = _holders(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("all_reduce", site, phase) as call:
             work = dist.all_reduce(tensor, op=_REDUCTIONS[reduction], group=self.group, async_op=True)
-        return Pending(tensor, (work,), num_references=holders, call=self._call("all_reduce", site, phase))
+        return Pending(tensor, (work,), num_references=holders, call=call)
 
     def all_gather(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
         """Concatenate every rank's `tensor` along `dim`. Payload: the gathered tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("all_gather", site, phase) as call:
             part = tensor.contiguous()
             gathered = part.new_empty(self.size * part.shape[0], *part.shape[1:])
             holders = _holders(gathered, part)
             work = torch_private.all_gather_into(gathered, part, group=self.group, async_op=True)
-        pending = Pending(gathered, (work,), part, holders, self._call("all_gather", site, phase))
+        pending = Pending(gathered, (work,), part, holders, call)
         return pending.then(lambda parts: _side_by_side(parts, self.size, dim)) if dim else pending
 
     def reduce_scatter(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
         """Sum `tensor` over the axis and keep this rank's part of `dim`. Payload: the full tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("reduce_scatter", site, phase) as call:
             parts = tensor.unflatten(dim, (self.size, -1)).movedim(dim, 0).flatten(0, 1).contiguous()
             part = parts.new_empty(parts.shape[0] // self.size, *parts.shape[1:])
             holders = _holders(part, parts)
             work = torch_private.reduce_scatter_into(part, parts, group=self.group, async_op=True)
-        return Pending(part, (work,), parts, holders, self._call("reduce_scatter", site, phase))
+        return Pending(part, (work,), parts, holders, call)
 
     def all_gather_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Fill `tensor`, 1-D, of which each rank has its own equal part. Payload: the tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("all_gather", site, phase) as call:
             own = tensor.chunk(self.size)[self.rank]
             holders = _holders(tensor, own)
             work = torch_private.all_gather_into(tensor, own, group=self.group, async_op=True)
-        return Pending(tensor, (work,), own, holders, self._call("all_gather", site, phase))
+        return Pending(tensor, (work,), own, holders, call)
 
     def reduce_scatter_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Leave in this rank's equal part of `tensor`, 1-D, the sum over the axis; the rest is undefined after.
@@ -149,31 +141,31 @@ class Axis:
         """
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("reduce_scatter", site, phase) as call:
             own = tensor.chunk(self.size)[self.rank]
             holders = _holders(own, tensor)
             work = torch_private.reduce_scatter_into(own, tensor, group=self.group, async_op=True)
-        return Pending(own, (work,), tensor, holders, self._call("reduce_scatter", site, phase))
+        return Pending(own, (work,), tensor, holders, call)
 
     def reduce_scatter_into(
         self, part: torch.Tensor, tensor: torch.Tensor, *, site: str, phase: str | None = None
     ) -> Pending:
         """Fill `part` with this rank's equal part of the sum of `tensor`, both 1-D. Payload: the tensor."""
         assert self.size > 1
-        with scope(site, phase, self.name):
+        with self._issue("reduce_scatter", site, phase) as call:
             holders = _holders(part, tensor)
             work = torch_private.reduce_scatter_into(part, tensor, group=self.group, async_op=True)
-        return Pending(part, (work,), tensor, holders, self._call("reduce_scatter", site, phase))
+        return Pending(part, (work,), tensor, holders, call)
 
     def all_to_all(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Send part i of dim 0, [size, ...], to rank i; receive what rank i sent as part i. Payload: the tensor."""
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("all_to_all", site, phase) as call:
             received = torch.empty_like(tensor)
             holders = _holders(received, tensor)
             work = dist.all_to_all_single(received, tensor, group=self.group, async_op=True)
-        return Pending(received, (work,), tensor, holders, self._call("all_to_all", site, phase))
+        return Pending(received, (work,), tensor, holders, call)
 
     def shift(
         self,
@@ -191,13 +183,12 @@ class Axis:
         """
         if self.size == 1:
             return Pending(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("shift", site, phase, (send_to, receive_from)) as call:
             received = torch.empty_like(tensor) if into is None else into
             holders = _holders(received, tensor)
             pair = (dist.isend, tensor, send_to), (dist.irecv, received, receive_from)
             operations = [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t, peer in pair]
             works = dist.batch_isend_irecv(operations)
-        call = self._call("shift", site, phase, (send_to, receive_from))
         return Pending(received, tuple(works), tensor, holders, call)
 
     def broadcast(self, tensor: torch.Tensor, *, site: str, source: int = 0, phase: str | None = None) -> Pending:
@@ -205,12 +196,17 @@ class Axis:
         if self.size == 1:
             return Pending(tensor)
         holders = _holders(tensor)
-        with scope(site, phase, self.name):
+        with self._issue("broadcast", site, phase) as call:
             work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
-        return Pending(tensor, (work,), num_references=holders, call=self._call("broadcast", site, phase))
+        return Pending(tensor, (work,), num_references=holders, call=call)
 
-    def _call(self, operation: str, site: str, phase: str | None, peers: tuple[int, ...] = ()) -> Call:
-        return Call(operation, self.name, site, phase, self.group, peers)
+    @contextmanager
+    def _issue(self, operation: str, site: str, phase: str | None, peers: tuple[int, ...] = ()) -> Iterator[Call]:
+        """Put on the wire, inside, what the call says."""
+        phase_then = phase or current().phase or ("backward" if torch_private.in_backward() else "forward")
+        call = Call(operation, self.name, site, phase_then, self.group, peers, time.perf_counter())
+        with scope(site, phase, self.name), failing_as(call):
+            yield call
 
 
 def _side_by_side(parts: torch.Tensor, size: int, dim: int) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """Who is at work: the site and phase that a collective, or any operation, is attributed to.
 
 Executors enter `scope(site, phase)` around their work, in forward and, with the site they kept, in backward. A recorder
-reads `current()` when an operation reaches it, and is told of issues and waits through `observe`. Per thread, because
-autograd runs CUDA backward passes on threads of its own.
+reads `current()` when an operation reaches it, and is told of waits through `observe`. Per thread, because autograd
+runs CUDA backward passes on threads of its own.
+
+Observers make waits settle everything that memory is followed by, which takes time; a `Clock` changes nothing that it
+measures. Both hear of every thread.
 """
 
 from __future__ import annotations
@@ -28,8 +31,19 @@ class Observer(Protocol):
         """The program waited for a collective."""
 
 
+class Clock(Protocol):
+    """What learns when the program begins to wait for a collective, and when its result is there, at no cost."""
+
+    def begin(self, call: Any) -> None:
+        """The program begins to wait for a `comm.collectives.Call`."""
+
+    def end(self, call: Any) -> None:
+        """It goes on. Not called where the collective fails."""
+
+
 _local = threading.local()
 _observers: list[Observer] = []
+_clocks: list[Clock] = []
 
 
 def current() -> Scope:
@@ -86,3 +100,23 @@ def notify_wait(pending: Any) -> None:
     """Tell all observers that a collective was waited for."""
     for observer in _observers:
         observer.waited(pending)
+
+
+@contextmanager
+def clocked(clock: Clock) -> Iterator[None]:
+    """Let `clock` hear of every wait inside."""
+    _clocks.append(clock)
+    try:
+        yield
+    finally:
+        _clocks.remove(clock)
+
+
+@contextmanager
+def waiting(call: Any) -> Iterator[None]:
+    """Tell all clocks when what happens inside begins and ends."""
+    for clock in _clocks:
+        clock.begin(call)
+    yield
+    for clock in reversed(_clocks):
+        clock.end(call)
