@@ -23,6 +23,7 @@ from meshwright.parallel.loss import chunked_cross_entropy, vocab_cross_entropy
 from meshwright.parallel.recompute import rerun
 from meshwright.parallel.sequence import Region
 from meshwright.parallel.tensor import column_linear, row_linear, vocab_embedding
+from meshwright.schemes.tape import Pipeline
 
 
 class Affine(nn.Module):
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
     def __init__(self, job: Job, world: World, dtype: torch.dtype) -> None:
         super().__init__()
         model, layout = job.model, job.layout
-        region = Region(world.axes["tensor"], split=layout.sequence_parallel)
+        region = Region(world.axes["tensor"], split=layout.sequence_parallel, pipeline=Pipeline.of(layout))
         attend = ContextAttention(
             ulysses=world.axes["ulysses"],
             ring=world.axes["ring"],

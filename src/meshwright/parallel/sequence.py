@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from meshwright.comm.collectives import Axis, Pending
+from meshwright.schemes.tape import Pipeline
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Region:
     axis: Axis
     split: bool = False
     """Whether activations outside are split along the sequence."""
+    pipeline: Pipeline | None = None
+    """How products at either end are cut, so that the communication runs under them; None: they are not."""
 
     def enter(self, x: torch.Tensor, site: str) -> Pending:
         """[B, S/T, E] -> [B, S, E] if split; else x itself."""

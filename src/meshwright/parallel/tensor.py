@@ -3,7 +3,8 @@
     B batch   S sequence   E d_model   F features out   T tensor degree   V vocabulary, padded to a multiple of T
 
 What each operation splits, sends and saves is `schemes.tensor`; this file does it. How an input enters the region of
-the axis and an output leaves it, whole or split along the sequence, is `parallel.sequence`'s to say. Weights are
+the axis and an output leaves it, whole or split along the sequence, is `parallel.sequence`'s to say. If the region is
+pipelined, `parallel.matmul` cuts the products so that their communication runs under them. Weights are
 [out, in] in the master dtype, cast to the dtype of the activations at each use: no cast copy outlives its product.
 """
 
@@ -17,6 +18,7 @@ import torch
 from meshwright.comm.collectives import Axis, Pending
 from meshwright.comm.scope import scope
 from meshwright.kernels.pointwise import accumulation_dtype
+from meshwright.parallel import matmul
 from meshwright.parallel.sequence import Region
 
 
@@ -36,6 +38,8 @@ def column_linear(
     wgrad     dw_FE = dy_BSF.T @ enter(x_BSE)                      sends nothing; B·S·E if split, while dx is computed
     saved     x_BSE as it came
     """
+    if region.pipeline is not None:
+        return matmul.column_linear(x_BSE, weights, biases, region, site)
     return _Linear.apply(x_BSE, region, None, site, len(weights), *weights, *biases)
 
 
@@ -51,6 +55,8 @@ def row_linear(
     wgrad     dw_EF = enter(dy_BSE).T @ x_BSF,  db_E = Σ dy_BSE  sends nothing (db is partial per rank if split)
     saved     x_BSF
     """
+    if region.pipeline is not None:
+        return matmul.row_linear(x_BSF, weight, bias, region, site)
     (y_BSE,) = _Linear.apply(x_BSF, None, region, site, 1, weight, bias)
     return y_BSE
 

@@ -35,6 +35,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How a product is cut so that its communication runs under it (`schemes.matmul`)."""
+
+    chunks: int
+    """Pieces of a hop, or of a sum."""
+    ring: Literal["unidirectional", "bidirectional"] = "unidirectional"
+
+    @classmethod
+    def of(cls, layout: Layout) -> Pipeline | None:
+        """None where nothing is cut, or where it is not chosen yet."""
+        if layout.overlap != "pipelined" or layout.tensor == 1:
+            return None
+        return cls(layout.overlap_chunks, layout.overlap_ring)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What one rank computes on in one micro-batch.
 
@@ -70,6 +86,8 @@ class Sizes:
     """Tokens whose logits exist at a time; 0 is all."""
     documents: bool = False
     """Whether attention stays within documents."""
+    pipeline: Pipeline | None = None
+    """How tensor-parallel products are cut; None: they are not."""
     gathers: bool = False
     """Whether weights are gathered for each use, in the compute dtype, which is then their gradients', too (ZeRO-3)."""
 
@@ -98,6 +116,7 @@ class Sizes:
             recompute=layout.recompute,
             loss_chunk=training.loss_chunk,
             documents=training.documents == "separate",
+            pipeline=Pipeline.of(layout),
             gathers=layout.zero_stage >= 2,
         )
 

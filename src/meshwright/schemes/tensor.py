@@ -14,10 +14,11 @@ parallelism splits them: then `schemes.sequence` says what is sent instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from meshwright.schemes.matmul import GatherRing, Hop, ScatterRing, Use, Wire, slices
 from meshwright.schemes.sequence import Region
 from meshwright.schemes.tape import BOOL, FLOAT32, INT64, Sizes, Tape
 
@@ -32,6 +33,9 @@ class ColumnLinear:
 
     def forward(self, tape: Tape, categories: Sequence[str]) -> None:
         """Makes each y_i, in the category of what holds it later."""
+        if self.sizes.pipeline is not None:
+            self._forward_pipelined(tape, categories)
+            return
         s, region = self.sizes, Region(self.sizes)
         region.entered(tape, region.enter(tape))
         for F, category in zip(self.features, categories, strict=True):
@@ -45,23 +49,70 @@ class ColumnLinear:
         s, region = self.sizes, Region(self.sizes)
         if self.biased:
             tape.alloc(sum(self.features) * s.p)
-        entering = region.enter(tape)
-        for i, F in enumerate(self.features):
-            with cast_weight(tape, s, F * s.E):
-                if i == 0:
-                    region.make(tape)
-                tape.matmul(s.N, F, s.E, s.c)
-        leaving = region.leave(tape)
-        region.let_go(tape)
-        region.entered(tape, entering)
-        for F in self.features:
-            weight_gradient(tape, s, F, s.E)
-        region.left(tape, leaving)
-        region.close(tape)
+        if s.pipeline is not None:
+            self._backward_split(tape) if s.split else self._backward_whole(tape)
+        else:
+            entering = region.enter(tape)
+            for i, F in enumerate(self.features):
+                with cast_weight(tape, s, F * s.E):
+                    if i == 0:
+                        region.make(tape)
+                    tape.matmul(s.N, F, s.E, s.c)
+            leaving = region.leave(tape)
+            region.let_go(tape)
+            region.entered(tape, entering)
+            for F in self.features:
+                weight_gradient(tape, s, F, s.E)
+            region.left(tape, leaving)
+            region.close(tape)
         for i, F in enumerate(self.features):
             tape.free(s.N * F * s.c, dy_categories[i] if dy_categories else "temporaries")
         tape.release(s.M * s.E * s.c)
         tape.accumulate(sum(self.features) * (s.E + self.biased) * s.p)
+
+    def _forward_pipelined(self, tape: Tape, categories: Sequence[str]) -> None:
+        s = self.sizes
+        with cast_weight(tape, s, sum(self.features) * s.E):
+            for F, category in zip(self.features, categories, strict=True):
+                tape.alloc(s.N * F * s.c, category)
+            if s.split:
+                ring = GatherRing(tape, wire_of(s))
+                for index in range(s.T):
+                    ring.step(tape, index, lambda hop: self._products(tape, hop.rows))
+            else:
+                self._products(tape, s.N)
+
+    def _products(self, tape: Tape, rows: int) -> None:
+        """Of so many rows with all weights, or of their gradients."""
+        for F in self.features:
+            tape.matmul(rows, self.sizes.E, F, self.sizes.c)
+
+    def _backward_split(self, tape: Tape) -> None:
+        s = self.sizes
+        gather, scatter = GatherRing(tape, wire_of(s)), ScatterRing(wire_of(s))
+        with cast_weight(tape, s, sum(self.features) * s.E):
+            tape.alloc(sum(self.features) * s.E * s.p)
+            for index in range(s.T):
+                scatter.compute(tape, index, lambda hop: self._products(tape, hop.rows))
+                gather.step(tape, index, self._add_to_weights(tape), whole=True)
+                scatter.combine(tape, index)
+
+    def _add_to_weights(self, tape: Tape) -> Use:
+        def add(hop: Hop) -> None:
+            for F in self.features:
+                add_weight_gradient(tape, self.sizes, F, self.sizes.E, hop.rows)
+
+        return add
+
+    def _backward_whole(self, tape: Tape) -> None:
+        s = self.sizes
+        with cast_weight(tape, s, sum(self.features) * s.E):
+            Region(s).make(tape)
+            summing = _sums(tape, s, lambda rows: self._products(tape, rows))
+        for F in self.features:
+            weight_gradient(tape, s, F, s.E)
+        for ticket in summing:
+            tape.wait(ticket)
 
 
 @dataclass(frozen=True)
@@ -75,6 +126,9 @@ class RowLinear:
     def forward(self, tape: Tape) -> None:
         """Makes y (category `Sizes.wire_category`)."""
         s, region = self.sizes, Region(self.sizes)
+        if s.pipeline is not None:
+            self._forward_pipelined(tape)
+            return
         with cast_weight(tape, s, s.E * self.F):
             region.make(tape)
             tape.matmul(s.N, self.F, s.E, s.c)
@@ -86,15 +140,48 @@ class RowLinear:
         s, region = self.sizes, Region(self.sizes)
         if self.biased:
             tape.alloc(s.E * s.p)
-        region.entered(tape, region.enter(tape))
-        with cast_weight(tape, s, s.E * self.F):
-            tape.alloc(s.N * self.F * s.c)
-            tape.matmul(s.N, s.E, self.F, s.c)
-        weight_gradient(tape, s, s.E, self.F)
-        region.close(tape)
+        if s.pipeline is not None:
+            self._backward_pipelined(tape)
+        else:
+            region.entered(tape, region.enter(tape))
+            with cast_weight(tape, s, s.E * self.F):
+                tape.alloc(s.N * self.F * s.c)
+                tape.matmul(s.N, s.E, self.F, s.c)
+            weight_gradient(tape, s, s.E, self.F)
+            region.close(tape)
         if release_input:
             tape.release(s.N * self.F * s.c)
         tape.accumulate(s.E * (self.F + self.biased) * s.p)
+
+    def _forward_pipelined(self, tape: Tape) -> None:
+        s = self.sizes
+        with cast_weight(tape, s, s.E * self.F):
+            if s.split:
+                ring = ScatterRing(wire_of(s))
+                for index in range(s.T):
+                    ring.compute(tape, index, lambda hop: tape.matmul(hop.rows, self.F, s.E, s.c))
+                    ring.combine(tape, index)
+                return
+            Region(s).make(tape)
+            summing = _sums(tape, s, lambda rows: tape.matmul(rows, self.F, s.E, s.c))
+        for ticket in summing:
+            tape.wait(ticket)
+
+    def _backward_pipelined(self, tape: Tape) -> None:
+        s = self.sizes
+        with cast_weight(tape, s, s.E * self.F):
+            tape.alloc(s.N * self.F * s.c)
+            tape.alloc(s.E * self.F * s.p)
+            if s.split:
+                ring = GatherRing(tape, wire_of(s))
+                for index in range(s.T):
+                    ring.step(tape, index, lambda hop: self._both_gradients(tape, hop.rows))
+            else:
+                self._both_gradients(tape, s.N)
+
+    def _both_gradients(self, tape: Tape, rows: int) -> None:
+        tape.matmul(rows, self.sizes.E, self.F, self.sizes.c)
+        add_weight_gradient(tape, self.sizes, self.sizes.E, self.F, rows)
 
 
 def cast_weight(tape: Tape, sizes: Sizes, numel: int) -> AbstractContextManager[None]:
@@ -114,6 +201,30 @@ def weight_gradient(tape: Tape, sizes: Sizes, out: int, into: int) -> None:
         tape.matmul(out, sizes.N, into, sizes.c)
         tape.alloc(out * into * sizes.p)
     tape.elementwise(3 * out * into * sizes.p)
+
+
+def add_weight_gradient(tape: Tape, sizes: Sizes, out: int, into: int, rows: int) -> None:
+    """dy.T @ x of some rows, added to what there is in the dtype of the parameter's gradient."""
+    with tape.holding(out * into * sizes.c if sizes.casts_weights else 0):
+        tape.matmul(out, rows, into, sizes.c)
+    if sizes.casts_weights:
+        tape.elementwise(2 * out * into * (sizes.c + FLOAT32))
+
+
+def wire_of(sizes: Sizes) -> Wire:
+    """What the rings of a pipelined region move."""
+    assert sizes.pipeline is not None
+    return Wire(sizes.tensor, sizes.M, sizes.E * sizes.c, sizes.dtype, sizes.pipeline)
+
+
+def _sums(tape: Tape, sizes: Sizes, product: Callable[[int], None]) -> list[int]:
+    """The products of slices of N rows, each summed under the next. Returns the tickets."""
+    assert sizes.pipeline is not None
+    tickets = []
+    for start, stop in slices(sizes.N, sizes.pipeline.chunks):
+        product(stop - start)
+        tickets.append(tape.all_reduce(sizes.tensor, sizes.dtype, (stop - start) * sizes.E * sizes.c))
+    return tickets
 
 
 @dataclass(frozen=True)
