@@ -45,7 +45,8 @@ def test_predicted_beside_measured() -> None:
         account["footprint"]["peak"] = peak
         account["work"]["by_kind"] = {"matmul": {"flops": 4_000_000}, "attention": {"flops": 96}}
         account["ledger"] = []
-    compared["run"]["timeline"]["step_seconds"] = 0.25
+    compared["run"]["timeline"] |= {"step_seconds": 0.25, "compute_seconds": 0.2}
+    compared["run"]["timeline"]["exposed_seconds"] = {"tensor": 0.03, "replicate": 0.01}
     assert comparison_table(compared, memory_bytes=4096).splitlines() == [
         "                               formula   rehearsal         run",
         "peak memory                      1 KiB       1 KiB       2 KiB",
@@ -53,4 +54,5 @@ def test_predicted_beside_measured() -> None:
         "matmul and attention FLOPs   4,000,096   4,000,096   4,000,096",
         "sent by a rank                     0 B         0 B         0 B",
         "step                                 -           -      250 ms",
+        "exposed communication                -           -       40 ms",
     ]

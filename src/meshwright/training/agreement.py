@@ -38,6 +38,7 @@ def comparison_table(accounts: Mapping[str, Account], *, memory_bytes: int | Non
             *(format_bytes(Ledger.from_json(account["ledger"]).wire_bytes()) for account in accounts.values()),
         ],
         ["step", *(_seconds(account["timeline"]["step_seconds"]) for account in accounts.values())],
+        ["exposed communication", *(_seconds(_exposed(account)) for account in accounts.values())],
     ]
     if memory_bytes is not None:
         rows.insert(2, ["allocator's peak", *["-"] * (len(accounts) - 1), format_bytes(memory_bytes)])
@@ -47,6 +48,12 @@ def comparison_table(accounts: Mapping[str, Account], *, memory_bytes: int | Non
 def _flops(account: Account) -> int:
     by_kind = account["work"]["by_kind"]
     return sum(by_kind.get(kind, {"flops": 0})["flops"] for kind in EXACT_KINDS)
+
+
+def _exposed(account: Account) -> float | None:
+    """Seconds over all axes; None where the account has no time of its own."""
+    timeline = account["timeline"]
+    return None if timeline["compute_seconds"] is None else sum(timeline["exposed_seconds"].values())
 
 
 def _seconds(seconds: float | None) -> str:

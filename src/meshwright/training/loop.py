@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+from meshwright.comm.exposed import WaitClock
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
@@ -75,18 +76,23 @@ def _timed_step(index: int, state: State, text: Text, world: World, report: Repo
     rate = learning_rate(training, index)
     for group in state.optimiser.param_groups:
         group["lr"] = rate
+    account = None
     began = time.perf_counter()
     batch = text.batch(index, world.device)
-    if report is not None and index == AUDITED_STEP:
-        result, account = audited_step(state, batch, world)
-        report.audited(account)
-    else:
-        result = step(state, batch, world)
+    with WaitClock(world.device) as clock:
+        if report is not None and index == AUDITED_STEP:
+            result, account = audited_step(state, batch, world)
+        else:
+            result = step(state, batch, world)
     loss, grad_norm = float(result.loss), float(result.grad_norm)  # waits for the device
     seconds = time.perf_counter() - began
+    if report is not None and account is not None:
+        report.audited(account)
     due = index + 1 == training.steps or (training.heldout_every and (index + 1) % training.heldout_every == 0)
     heldout_loss = evaluate(state, text, world) if due else None
-    return Outcome(index + 1, loss, grad_norm, rate, seconds, heldout_loss)
+    return Outcome(
+        index + 1, loss, grad_norm, rate, seconds, clock.started_seconds - began, clock.reading(), heldout_loss
+    )
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ heldout_bits_per_byte   the same over the held-out sequences, divided by ln 2; a
 tokens_per_s            tokens of the global batch / seconds of the step, reading data included, evaluation not
 mfu                     model FLOPs of one rank / (seconds of the step · peak FLOP/s of its device at the precision)
                         (Chowdhery et al. 2022, appendix B; `planner.estimate.mfu`); None if unknown
-exposed_seconds         communication that no computation hides; None until it is measured
+exposed_seconds         communication that no computation hides: seconds in which rank 0's compute lane waits for it
+                        (`comm.exposed`); None where that is not known
 memory_bytes            on CUDA the most that the allocator held since the start, on a CPU the most that was resident
 """
 

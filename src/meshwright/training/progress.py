@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,12 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from meshwright.account import StepAccount, Timeline
+from meshwright.comm.exposed import Reading
 from meshwright.config.tree import Job
 from meshwright.planner.estimate import mfu, model_flops
 from meshwright.training import agreement, metrics
 from meshwright.training.device import known_device
 from meshwright.training.metrics import MetricsFile, StepMetrics
 from meshwright.training.run_folder import RunFolder
+
+_TYPICAL_STEPS = 1000
+"""The last so many tell what is typical: a run may have millions."""
 
 
 class Outcome(NamedTuple):
@@ -27,6 +33,10 @@ class Outcome(NamedTuple):
     grad_norm: float
     learning_rate: float
     seconds: float
+    idle_seconds: float
+    """Of which it read data, and computed nothing."""
+    lane: Reading | None
+    """What the compute lane did in the rest; None where that cannot be measured."""
     heldout_loss: float | None = None
 
 
@@ -38,7 +48,8 @@ class Report:
     folder: RunFolder
     device: torch.device
     run: StepAccount | None = None
-    _seconds: list[float] = field(default_factory=list)
+    _recent: deque[Outcome] = field(default_factory=lambda: deque(maxlen=_TYPICAL_STEPS))
+    _num_steps: int = 0
 
     def __post_init__(self) -> None:
         self._file = MetricsFile(self.folder.metrics_file)
@@ -64,13 +75,14 @@ class Report:
     def step(self, outcome: Outcome) -> None:
         """Write and show one step."""
         training = self.job.training
-        self._seconds.append(outcome.seconds)
+        self._keep(outcome)
         line = StepMetrics(
             step=outcome.number,
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
             tokens_per_s=metrics.tokens_per_second(training, outcome.seconds),
             mfu=self._mfu(outcome.seconds),
+            exposed_seconds=None if outcome.lane is None else outcome.lane.exposed_seconds,
             memory_bytes=metrics.memory_bytes(self.device),
             heldout_bits_per_byte=None if outcome.heldout_loss is None else metrics.bits_per_byte(outcome.heldout_loss),
         )
@@ -85,16 +97,23 @@ class Report:
                 "ledger: not compared, because the second step is the one that is audited: use training.steps 2 or more"
             )
             return
-        self.run = replace(self.run, timeline=Timeline(self.typical_seconds()), time_model="measured")
+        self.run = replace(self.run, timeline=timeline(self._recent), time_model="measured")
         self.folder.write_account("run", self.run)
         names = {"formula": "plan", "rehearsal": "rehearsal", "run": "run"}
         accounts = {source: self.folder.read_account(name) for source, name in names.items()}
         allocated = metrics.memory_bytes(self.device) if self.device.type == "cuda" else None
         self._say("", agreement.comparison_table(accounts, memory_bytes=allocated), "", agreement.ledger_line(accounts))
 
-    def typical_seconds(self) -> float:
-        """Median seconds of a step, without the first, which warms up, and the second, which is audited."""
-        return statistics.median(self._seconds[2:] or self._seconds)
+    def _keep(self, outcome: Outcome) -> None:
+        """The first step warms up and the second is audited: they are typical only where there are no others."""
+        self._num_steps += 1
+        if self._num_steps == 3:
+            self._recent.clear()
+        if (
+            self._recent and (before := self._recent[-1]).lane is not None
+        ):  # of all spans, only the last step's are kept
+            self._recent[-1] = before._replace(lane=replace(before.lane, spans=()))
+        self._recent.append(outcome)
 
     def _mfu(self, seconds: float) -> float | None:
         return mfu(self._model_flops, seconds, self._catalog_device, self.job.training.precision)
@@ -103,6 +122,17 @@ class Report:
         for line in lines:
             self._console.print(line, markup=False)
         self._console.file.flush()
+
+
+def timeline(steps: Sequence[Outcome]) -> Timeline:
+    """The typical step: medians over these, and the spans of the last."""
+    seconds = statistics.median(step.seconds for step in steps)
+    lanes = [step.lane for step in steps if step.lane is not None]
+    if not lanes:
+        return Timeline(seconds)
+    keys = sorted(set().union(*(lane.exposed for lane in lanes)))
+    exposed = {key: statistics.median(lane.exposed.get(key, 0.0) for lane in lanes) for key in keys}
+    return Timeline(seconds, exposed, statistics.median(lane.compute_seconds for lane in lanes), lanes[-1].spans)
 
 
 def step_line(line: StepMetrics, steps: int, learning_rate: float) -> str:
