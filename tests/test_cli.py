@@ -312,7 +312,7 @@ def test_rehearse(tmp_path: Path, capsys: Capture) -> None:
     )
     account = run_json(capsys, *options)
     assert (account["source"], account["rank"], account["world"]) == ("rehearsed", 3, 4)
-    assert account["time_model"] == "sum"
+    assert account["time_model"] == "timeline"
     assert account["timeline"]["step_seconds"] > 0
     assert json.loads((tmp_path / "new" / "rehearsal.json").read_text()) == account
     planned = run_json(capsys, "plan", "quickstart", "--layout.tensor", "2", "--layout.replicate", "2")["layouts"][0]

@@ -137,12 +137,12 @@ def _expand(events: Iterable[Event]) -> Iterator[Compute | Issue | Wait | Memory
         if isinstance(event, Repeat):
             for index in event.indices():
                 for inner in _expand(event.events):
-                    yield inner._replace(site=_spelt(inner.site, index))
+                    yield inner._replace(site=spelt(inner.site, index))
         else:
             yield event
 
 
-def _spelt(site: str, index: int) -> str:
+def spelt(site: str, index: int) -> str:
     """`layers.*` with a number in place of the star."""
     if "*" not in site:
         return site
@@ -225,7 +225,7 @@ def _count_issues(events: Iterable[Event], rows: Counter[LedgerKey]) -> None:
             _count_issues(event.events, inner)
             for key, count in inner.items():
                 for index in event.indices():
-                    rows[key._replace(site=_spelt(key.site, index))] += count
+                    rows[key._replace(site=spelt(key.site, index))] += count
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def _summit(events: Iterable[Event]) -> _Summit:
             level = [a + rounds_before * b + c for a, b, c in zip(now, body.net, body.at_peak, strict=True)]
             if sum(level) > highest:
                 where = event.indices()[rounds_before]
-                highest, at_peak, phase, site = sum(level), tuple(level), body.phase, _spelt(body.site, where)
+                highest, at_peak, phase, site = sum(level), tuple(level), body.phase, spelt(body.site, where)
             now = [a + event.times * b for a, b in zip(now, body.net, strict=True)]
             total = sum(now)
     return _Summit(tuple(now), at_peak, phase, site)
@@ -362,7 +362,7 @@ def _summit(events: Iterable[Event]) -> _Summit:
 
 
 class Span(NamedTuple):
-    """Something that occupied a lane (`compute`, or the name of an axis) for a while."""
+    """Something that occupied a lane for a while: `compute`, or an axis on a tier such as `tensor:intra`."""
 
     lane: str
     name: str

@@ -14,3 +14,8 @@ BACKEND_FACTORS: dict[str, dict[str, float]] = {"gloo": {"reduce_scatter": 2.0},
 def backend_factor(backend: str, operation: str) -> float:
     """Bytes that a backend sends in a call over those of the convention."""
     return BACKEND_FACTORS[backend].get(operation, 1.0)
+
+
+def backend_of(device_kind: str) -> str:
+    """The backend of a job's device: cpu, cuda, or one that is only planned."""
+    return "gloo" if device_kind == "cpu" else "nccl"

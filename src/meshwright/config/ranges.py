@@ -28,6 +28,7 @@ AT_LEAST_ONE: _Range = ("must be at least 1", lambda value: value >= 1)
 AT_LEAST_ZERO: _Range = ("must be at least 0", lambda value: value >= 0)
 ABOVE_ZERO: _Range = ("must be above 0", lambda value: value > 0)
 FRACTION: _Range = ("must be between 0 and 1", lambda value: 0 <= value <= 1)
+SHARE: _Range = ("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 BELOW_ONE: _Range = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 _MODEL = {"layers": LAYERS, **dict.fromkeys(("d_model", "d_ff"), SIZE)}
@@ -49,7 +50,7 @@ _TRAINING = {
     "final_learning_rate": FRACTION,
 }
 _OPTIONS = {"bucket_mib": MIB, "zero": STAGE, "prefetch": UNITS, "overlap_chunks": UNITS}
-_DEVICE = dict.fromkeys(("memory_bytes", "memory_bandwidth"), AT_LEAST_ZERO)
+_DEVICE = {**dict.fromkeys(("memory_bytes", "memory_bandwidth"), AT_LEAST_ZERO), "efficiency": SHARE}
 _LINK = {"latency_seconds": AT_LEAST_ZERO, "bandwidth": ABOVE_ZERO, "links": DEGREE}
 _CLUSTER = {
     **dict.fromkeys(("hosts", "devices_per_host"), DEGREE),

@@ -232,6 +232,8 @@ class Device:
     """Memory of the device; 0 is unknown, then nothing is said to fit or not."""
     memory_bandwidth: float = 0.0
     """Bytes per second between the device and its memory."""
+    efficiency: float = 0.5
+    """Share of the peak that a model's matrix products reach."""
     source: str = ""
     """Where the figures come from."""
 

@@ -1,78 +1,72 @@
-"""Seconds of a step from its account, by the plainest model there is: the sum of its parts, nothing overlapped.
+"""Seconds of a step from its account: its trace on the timeline of `planner.timeline`, with the job's figures.
 
-    compute        FLOPs / (0.5 · peak FLOP/s of the device at the precision)
-    communication  Σ count · (latency + wire bytes / bandwidth), over the links of the row's tier
+    matmul, attention   FLOPs / (efficiency · peak FLOP/s of the device at the precision)
+    anything else       bytes touched / memory bandwidth; nothing where that is not known
+    a collective        `planner.wire`, times what the backend is known to send beside the convention
 
-Half of the peak is what large matrix products reach in practice; memory-bound operations are not counted apart. A step
-whose device has no published peak, or whose links have no bandwidth, has no time: no number is better than a wrong one.
+A step whose device has no published peak, or whose links have no bandwidth, has no time: no number is better than a
+wrong one.
 
 MFU (model FLOP utilisation, Chowdhery et al. 2022, appendix B) is defined here and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from meshwright.account import Span, StepAccount, Timeline
-from meshwright.config.tree import Device, Job, Layout, Link
-from meshwright.planner.flops import EFFICIENCY, forward_flops
-from meshwright.planner.wire import call_seconds, tier
+from meshwright.account import EXACT_KINDS, Compute, Issue, LedgerKey, StepAccount, Timeline
+from meshwright.config.backends import backend_of
+from meshwright.config.tree import Device, Job, Layout
+from meshwright.planner.flops import forward_flops
+from meshwright.planner.timeline import Transfer, simulate
+from meshwright.planner.wire import Algorithm, collective_seconds, link, named_tier, tier
 
-PHASES = ("forward", "recompute", "backward", "optimiser")
-COMPUTE_LANE = "compute"
 
-
-def estimate(account: StepAccount, job: Job) -> StepAccount:
+def estimate(account: StepAccount, job: Job, *, algorithm: Algorithm = "ring", with_spans: bool = True) -> StepAccount:
     """The account with its timeline filled in; empty where a peak or a bandwidth that it needs is not known."""
-    costs = _costs(account, job)
-    return replace(account, time_model="sum", timeline=_timeline(costs) if costs is not None else Timeline())
+    timeline = Timeline()
+    if is_timed(account, job):
+        timeline = simulate(account.trace, JobCosts.of(job, algorithm), with_spans=with_spans)
+    return replace(account, time_model="timeline", timeline=timeline)
+
+
+def is_timed(account: StepAccount, job: Job) -> bool:
+    """Whether every figure that the time of the step needs is known."""
+    if job.training.precision not in job.cluster.device.peak_flops:
+        return False
+    groups = {(key.axis, key.group_size) for key in account.ledger.rows}
+    return all(link(axis, size, job.layout, job.cluster).bandwidth for axis, size in groups)
 
 
 @dataclass(frozen=True)
-class _Cost:
-    lane: str
-    axis: str
-    name: str
-    phase: str
-    seconds: float
+class JobCosts:
+    """How long things take on a job's cluster (`timeline.Costs`)."""
 
+    job: Job
+    flops_per_second: float
+    algorithm: Algorithm
 
-def _costs(account: StepAccount, job: Job) -> list[_Cost] | None:
-    """What takes time, in the order of the phases; None where a figure is missing."""
-    flops = {phase: account.work.flops(phase=phase) for phase in PHASES}
-    peak = job.cluster.device.peak_flops.get(job.training.precision)
-    if peak is None:
-        return None
-    sent: dict[tuple[str, str, str, str], float] = defaultdict(float)
-    for key, count in account.ledger.rows.items():
-        where = tier(key.axis, key.group_size, job.layout, job.cluster)
-        over: Link = getattr(job.cluster, where)
-        if not over.bandwidth:
-            return None
-        sent[f"{key.axis}:{where}", key.axis, key.operation, key.phase] += count * call_seconds(key, over)
-    computed = [_Cost(COMPUTE_LANE, "", "compute", phase, n / (EFFICIENCY * peak)) for phase, n in flops.items() if n]
-    costs = computed + [_Cost(*place, seconds) for place, seconds in sorted(sent.items())]
-    return sorted(costs, key=lambda cost: PHASES.index(cost.phase))
+    @classmethod
+    def of(cls, job: Job, algorithm: Algorithm = "ring") -> JobCosts:
+        """Of a job whose device has a known peak."""
+        device = job.cluster.device
+        return cls(job, device.efficiency * device.peak_flops[job.training.precision], algorithm)
 
+    def compute_seconds(self, event: Compute) -> float:
+        """One operation alone."""
+        if event.kind in EXACT_KINDS:
+            return event.flops / self.flops_per_second
+        bandwidth = self.job.cluster.device.memory_bandwidth
+        return event.bytes / bandwidth if bandwidth else 0.0
 
-def _timeline(costs: list[_Cost]) -> Timeline:
-    exposed: dict[tuple[str, str], float] = defaultdict(float)
-    for cost in costs:
-        if cost.axis:
-            exposed[cost.axis, cost.phase] += cost.seconds
-    spans = tuple(_tiles(costs))
-    computing = sum(cost.seconds for cost in costs if not cost.axis)
-    return Timeline(spans[-1].end_seconds if spans else 0.0, dict(exposed), computing, spans)
-
-
-def _tiles(costs: list[_Cost]) -> Iterator[Span]:
-    """One after another: together they fill the step."""
-    now = 0.0
-    for cost in costs:
-        yield Span(cost.lane, cost.name, cost.phase, "", now, now + cost.seconds)
-        now += cost.seconds
+    def transfer(self, event: Issue) -> Transfer:
+        """One collective alone. All axes of a tier share the rank's link of that tier."""
+        layout, cluster = self.job.layout, self.job.cluster
+        key = LedgerKey(*event[:3], event.phase, event.site, event.dtype, event.payload_bytes)
+        over = tier(event.axis, event.group_size, layout, cluster)
+        lane = event.axis if named_tier(event.axis) else f"{event.axis}:{over}"
+        backend = backend_of(self.job.training.device)
+        return Transfer(lane, over, collective_seconds(key, layout, cluster, backend=backend, algorithm=self.algorithm))
 
 
 # --- utilisation ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from meshwright.account import StepAccount
 from meshwright.config.tree import Job
-from meshwright.planner.estimate import COMPUTE_LANE
 from meshwright.planner.step import heaviest
+from meshwright.planner.timeline import COMPUTE_LANE
+from meshwright.planner.wire import tier
 from meshwright.units import format_bytes
 
 _TIERS = {"intra": "inside a host", "inter": "between hosts"}
@@ -59,22 +60,24 @@ def _room(account: StepAccount, job: Job, missing_bytes: int | None) -> str:
 
 
 def _time(account: StepAccount, job: Job) -> str:
-    """Shares of the step by lane, the largest first."""
-    total = account.timeline.step_seconds
+    """Shares of the step: compute, what waits for each axis and tier, and the rest, the largest first."""
+    timeline, total = account.timeline, account.timeline.step_seconds
     if total is None:
         peak = job.cluster.device.peak_flops.get(job.training.precision)
         missing = "link bandwidth" if peak else f"{job.training.precision} peak of {job.cluster.device.name}"
         return f"no time, as the {missing} is not known"
-    lanes: dict[str, float] = {}
-    for span in account.timeline.spans:
-        lanes[span.lane] = lanes.get(span.lane, 0.0) + span.end_seconds - span.start_seconds
-    shares = sorted(((seconds / total, lane) for lane, seconds in lanes.items()), reverse=True)
-    shown = [f"{share:.0%} {_lane(lane)}" for share, lane in shares if share >= _NEGLIGIBLE]
+    parts = {COMPUTE_LANE: timeline.compute_seconds or 0.0, "idle": timeline.idle_seconds or 0.0}
+    parts |= {f"exposed {_traffic(axis, account, job)}": s for axis, s in timeline.exposed_seconds.items()}
+    shares = sorted(((seconds / total, what) for what, seconds in parts.items()), reverse=True) if total else []
+    shown = [f"{share:.0%} {what}" for share, what in shares if share >= _NEGLIGIBLE]
     return f"the step is {', '.join(shown)}" if shown else ""
 
 
-def _lane(lane: str) -> str:
-    if lane == COMPUTE_LANE:
-        return "compute"
-    axis, _, tier = lane.rpartition(":")
-    return f"{axis} traffic {_TIERS[tier]}"
+def _traffic(axis: str, account: StepAccount, job: Job) -> str:
+    """Of an axis, and where most of its bytes go."""
+    sent = {"intra": 0, "inter": 0}
+    for key, count in account.ledger.rows.items():
+        if key.axis == axis:
+            sent[tier(axis, key.group_size, job.layout, job.cluster)] += count * key.wire_bytes
+    where = _TIERS[max(sent, key=lambda name: sent[name])]
+    return f"{axis.removesuffix(':intra').removesuffix(':inter')} traffic {where}"

@@ -8,9 +8,6 @@ from meshwright.schemes.decoder import Decoder
 from meshwright.schemes.tape import Sizes, Tape
 from meshwright.schemes.tensor import ColumnLinear, RowLinear
 
-EFFICIENCY = 0.5
-"""Share of the peak that large matrix products reach in practice."""
-
 
 def forward_flops(job: Job) -> int:
     """FLOPs of matrix products and attention in the forward pass of one micro-batch."""
@@ -30,6 +27,7 @@ def backward_seconds(job: Job) -> float | None:
 
     None where the device has no known peak.
     """
-    peak = job.cluster.device.peak_flops.get(job.training.precision)
+    device = job.cluster.device
+    peak = device.peak_flops.get(job.training.precision)
     passes = 3 if job.layout.recompute == "full" else 2
-    return passes * forward_flops(job) / (EFFICIENCY * peak) if peak else None
+    return passes * forward_flops(job) / (device.efficiency * peak) if peak else None

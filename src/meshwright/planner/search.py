@@ -131,7 +131,7 @@ def plan(job: Job, devices: int | None = None, typed: Collection[str] = (), top:
 def price(job: Job) -> Candidate:
     """Formula and estimate of a legal job."""
     account = formula_of_blocks(job) if job.model.block == "ffn" else heaviest(job)
-    return Candidate(job, estimate(account, job))
+    return Candidate(job, estimate(account, job, with_spans=False))
 
 
 def candidates(layout: Layout, devices: int, typed: Collection[str]) -> Iterator[Layout]:
