@@ -146,7 +146,7 @@ class Wire:
 
 
 class GatherRing:
-    """`parallel.matmul.GatherRing` on a tape: of what travels at most three parts exist at a time."""
+    """`parallel.matmul_rings.GatherRing` on a tape: of what travels at most three parts exist at a time."""
 
     def __init__(self, tape: Tape, wire: Wire) -> None:
         """Puts the own rows on the wire."""
@@ -176,7 +176,7 @@ class GatherRing:
 
 
 class ScatterRing:
-    """`parallel.matmul.ScatterRing` on a tape. Its result is a communication buffer."""
+    """`parallel.matmul_rings.ScatterRing` on a tape. Its result is a communication buffer."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire, self._steps = wire, scatter_steps(0, wire.group.size, wire.rows, wire.pipeline)
