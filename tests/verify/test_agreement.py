@@ -40,7 +40,7 @@ STATES = [case for case in STATES if case.job.layout.world <= 4]
 
 def test_the_selections_cover_the_matrices() -> None:
     """Of the first every pair of option values, of the second every value."""
-    assert (len(all_cases()), len(all_long_cases()), len(all_state_cases())) == (120, 162, 210)
+    assert (len(all_cases()), len(all_long_cases()), len(all_state_cases())) == (120, 162, 246)
     assert set().union(*map(pairs, SHORT)) == set().union(*map(pairs, all_cases()))
     few_ranks = [case for case in all_long_cases() if case.job.layout.world <= 4]
     for option in range(len(few_ranks[0])):

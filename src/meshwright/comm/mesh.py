@@ -6,9 +6,9 @@ implements them); on an axis of one rank they do nothing and leave no row in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.account import UNKNOWN_AXIS, WORLD_AXIS
 from meshwright.comm.collectives import Axis
+from meshwright.config.tiers import groups, on_hosts, tiers
 from meshwright.config.tree import AXES, Layout
 
 _MESH_PREFIX = "mesh_"
+
+
+class Tiers(NamedTuple):
+    """Of an axis, the ranks that share this rank's host, and those with its place on each host."""
+
+    intra: Axis
+    inter: Axis
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,27 @@ class World:
                 group = _reused((axis, size), lambda: dist.new_subgroups(size)[0])
                 self.axes[key] = Axis(axis, size, dist.get_rank(group), group)
         return self.axes[key]
+
+    def tiers(self, axis: str, devices_per_host: int) -> Tiers:
+        """The two subgroups of `axis`, perhaps flattened, that this rank is in.
+
+        They are called `AXIS:intra` and `AXIS:inter`. Ranks fill hosts of `devices_per_host` one after another; the
+        axis must have the same number of ranks, more than one, on each of several. Collective over the whole world.
+        """
+        axes = axis.split("*")
+        assert tiers(self.layout, axes, devices_per_host) is not None, (axis, devices_per_host)
+        by_host = [on_hosts(group, devices_per_host) for group in groups(self.layout, axes)]
+        members = {
+            "intra": [ranks for hosts in by_host for ranks in hosts],
+            "inter": [ranks for hosts in by_host for ranks in zip(*hosts, strict=True)],
+        }
+        return Tiers(*(self._subgroup(f"{axis}:{tier}", ranks) for tier, ranks in members.items()))
+
+    def _subgroup(self, name: str, members: Sequence[tuple[int, ...]]) -> Axis:
+        """This rank's group of a partition of the world."""
+        key = tuple(members)
+        group = _reused(key, lambda: dist.new_subgroups_by_enumeration([[*ranks] for ranks in members])[0])
+        return Axis(name, group.size(), group.rank(), group)
 
 
 @dataclass

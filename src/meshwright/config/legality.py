@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from meshwright.config.tree import AXES, Cluster, Job, Layout, Model, Training
+from meshwright.config.tiers import is_tiered, shares, tiers
+from meshwright.config.tree import AXES, TOKEN_AXES, Cluster, Job, Layout, Model, Training
 from meshwright.errors import UserError
 
 
@@ -26,6 +27,7 @@ def violations(layout: Layout, model: Model, cluster: Cluster, training: Trainin
     """All rules that a layout breaks. `cluster` breaks none by itself; an option may need to know of it."""
     found = [*_unavailable(layout), *_split_of_mlp(layout, model), *_split_of_tokens(layout, training)]
     found += [*_sharding_of_states(layout, training), *_size_of_buckets(layout, cluster)]
+    found += [*_sums_by_tiers(layout, cluster)]
     if model.block == "decoder":
         found += [*_shape_of_attention(model), *_split_of_attention(layout, model)]
     return found
@@ -212,6 +214,36 @@ def _size_of_buckets(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
             f"layout.bucket_mib = auto needs {listed(unknown, 'and')}, not known of this cluster (the best size "
             f"follows from the links): give a cluster of meshwright bench calibrate, or a number such as 25",
         )
+
+
+def _sums_by_tiers(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
+    if not layout.hierarchical:
+        return
+    if layout.zero_stage:
+        or_zero_0 = "" if layout.shard > 1 else " or layout.zero 0"
+        yield Violation(
+            "hierarchical",
+            f"layout.hierarchical = true with layout.zero = {layout.zero_stage} sums no gradients whole (sharded "
+            f"states are reduce-scattered): use layout.hierarchical false{or_zero_0}",
+        )
+    per_host = cluster.devices_per_host
+    uneven = [share for share in shares(layout, layout.token_axes, per_host) if not is_tiered(share)]
+    if uneven:
+        legal = [d for d in divisors(layout.world) if tiers(layout, layout.token_axes, d) is not None]
+        or_hosts = f" or cluster.devices_per_host {listed(_nearest(legal, per_host))}" if legal else ""
+        yield Violation(
+            "tiers",
+            f"layout.hierarchical = true needs as many ranks, 2 or more, of each gradient group on each of several "
+            f"hosts, but {_degrees(layout, TOKEN_AXES)} has {_share(uneven[0])} of cluster.devices_per_host = "
+            f"{per_host} (a host's ranks divide what goes to other hosts): use layout.hierarchical false{or_hosts}",
+        )
+
+
+def _share(ranks: tuple[int, ...]) -> str:
+    """`3 and 1 ranks on its 2 hosts`."""
+    if len(set(ranks)) > 1:
+        return f"{listed(ranks, 'and')} ranks on its hosts"
+    return f"{ranks[0]} rank{'s' * (ranks[0] > 1)} on {f'each of {len(ranks)} hosts' if len(ranks) > 1 else 'one host'}"
 
 
 def _tensor_degrees(layout: Layout, model: Model) -> list[int]:

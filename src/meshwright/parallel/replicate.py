@@ -12,13 +12,27 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from meshwright.comm.collectives import Axis, Pending
+from meshwright.comm.collectives import Axis
+from meshwright.comm.mesh import Tiers
 from meshwright.comm.scope import scope
+from meshwright.parallel.hierarchical import HierarchicalSums
 from meshwright.schemes.params import ParamSpec
 from meshwright.schemes.replicate import PARTIAL_SITE, Bucket, Strategy, is_overlapped, partial_buckets
 
 Neighbours = Callable[[str, int], Axis]
 """The group of ranks, by axis and size, that hold the same part of a parameter."""
+
+
+class Sent(Protocol):
+    """A bucket on the wire."""
+
+    def wait(self) -> torch.Tensor:
+        """Block until what it becomes is there."""
+        ...
+
+
+Send = Callable[[Bucket, torch.Tensor], Sent]
+"""Put a bucket's buffer on the wire."""
 
 
 class Owned(NamedTuple):
@@ -71,13 +85,13 @@ class GradientBuckets:
         parameters: Mapping[str, nn.Parameter],
         parts: Sequence[Bucket],
         strategy: Strategy,
-        send: Callable[[Bucket, torch.Tensor], Pending],
+        send: Send,
         handed: Sequence[str] = (),
     ) -> None:
         self.parts, self.buffers = parts, [_buffer(bucket, parameters) for bucket in parts]
         self._overlapped, self._send = is_overlapped(strategy), send
         self._missing: list[set[str]] = [set() for _ in parts]
-        self._pending: list[Pending] = []
+        self._pending: list[Sent] = []
         self._armed = False
         self._parameters, self._handed, self._views = parameters, handed, {}
         for index, (bucket, buffer) in enumerate(zip(parts, self.buffers, strict=True)):
@@ -155,12 +169,15 @@ class Replicated:
         parameters: Mapping[str, nn.Parameter],
         parts: Sequence[Bucket],
         strategy: Strategy,
-        axis: Axis,
+        axis: Axis | Tiers,
         neighbours: Neighbours,
         handed: Sequence[str] = (),
     ) -> None:
-        def send(bucket: Bucket, buffer: torch.Tensor) -> Pending:
-            return axis.all_reduce(buffer, site=bucket.site, phase="backward")
+        """`axis`: the gradient group, all at once or by tiers. `handed` as of `GradientBuckets`."""
+        sums = HierarchicalSums(axis) if isinstance(axis, Tiers) else axis
+
+        def send(bucket: Bucket, buffer: torch.Tensor) -> Sent:
+            return sums.all_reduce(buffer, site=bucket.site, phase="backward")
 
         self._gradients, self._neighbours = GradientBuckets(parameters, parts, strategy, send, handed), neighbours
         specs = {spec.name: spec for bucket in parts for spec in bucket.members}

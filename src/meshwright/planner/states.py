@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meshwright.config.tree import Job
-from meshwright.planner.buckets import bucket_bytes
+from meshwright.planner.buckets import buckets_of
+from meshwright.schemes import hierarchical
 from meshwright.schemes.fsdp import FullyShardedUnits, Unit, Units, own_numel, padded_numel
+from meshwright.schemes.hierarchical import TierGroups, tier_groups
 from meshwright.schemes.params import ParamSpec
-from meshwright.schemes.replicate import PARTIAL_SITE, Bucket, buckets, synchronise
+from meshwright.schemes.replicate import PARTIAL_SITE, Bucket, Strategy, synchronise
 from meshwright.schemes.shard import gather_parameters, pieces, scatter_gradients
 from meshwright.schemes.tape import DTYPE_NAMES, FLOAT32, ITEMSIZES, Group, Tape
 
@@ -51,9 +53,11 @@ def states_of(job: Job, specs: Sequence[ParamSpec], rank: int) -> States:
     group = Group(layout.state_axis or "shard", layout.state_group_size)
     if layout.zero_stage >= 2:
         return FullySharded(job, tuple(specs), group, Group("replicate", layout.replicate), rank)
-    parts = buckets(specs, layout.gradients, bucket_bytes(job), group.size)
+    parts = buckets_of(job, specs)
     if not layout.state_axes:
-        return Replicated(parts, Group(layout.gradient_axis or "replicate", layout.gradient_group_size))
+        gradient_group = Group(layout.gradient_axis or "replicate", layout.gradient_group_size)
+        tiers = tier_groups(layout, job.cluster.devices_per_host)
+        return Replicated(parts, gradient_group, layout.gradients, tiers)
     names = tuple(spec.name for spec in specs)
     return Sharded(parts, names, group, Group("replicate", layout.replicate), layout.state_coordinate(rank))
 
@@ -64,6 +68,9 @@ class Replicated:
 
     parts: Sequence[Bucket]
     gradient_group: Group
+    strategy: Strategy
+    tiers: TierGroups | None = None
+    """Where gradients are summed by tiers."""
 
     @property
     def group(self) -> Group:
@@ -73,13 +80,13 @@ class Replicated:
     @property
     def owned_numel(self) -> int:
         """All."""
-        return sum(bucket.numel for bucket in self.parts)
+        return sum(spec.local_numel for bucket in self.parts for spec in bucket.members)
 
     def persist(self, tape: Tape) -> None:
-        """16 bytes a parameter."""
+        """16 bytes a parameter; gradients are padded to what they are cut into."""
         nbytes = self.owned_numel * FLOAT32
         tape.alloc(nbytes, "parameters")
-        tape.alloc(nbytes, "gradients")
+        tape.alloc(sum(bucket.numel for bucket in self.parts) * FLOAT32, "gradients")
         tape.alloc(2 * nbytes + FLOAT32 * sum(len(bucket.members) for bucket in self.parts), "optimiser_states")
 
     def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
@@ -91,8 +98,11 @@ class Replicated:
         tape.elementwise(self.owned_numel * FLOAT32)
 
     def finish(self, tape: Tape) -> None:
-        """All-reduces."""
-        synchronise(tape, self.parts, self.gradient_group)
+        """All-reduces, at once or by tiers."""
+        if self.tiers is None:
+            synchronise(tape, self.parts, self.gradient_group)
+        else:
+            hierarchical.synchronise(tape, self.parts, self.strategy, self.tiers)
 
     def publish(self, tape: Tape) -> None:
         """Every rank has stepped everything."""

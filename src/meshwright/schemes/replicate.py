@@ -41,7 +41,8 @@ class Bucket:
     """What the account calls it: the parameter, or the number of the bucket."""
     members: tuple[ParamSpec, ...]
     ranks: int = 1
-    """Among how many the bucket is sharded (`schemes.shard`)."""
+    """Into how many parts it is cut: by ranks that shard it (`schemes.shard`) or that sum it by parts
+    (`schemes.hierarchical`)."""
 
     @property
     def partial_over(self) -> tuple[str, int] | None:
@@ -114,10 +115,13 @@ def synchronise(tape: Tape, parts: Sequence[Bucket], group: Group) -> None:
     sum_partial(tape, parts)
 
 
-def sum_partial(tape: Tape, parts: Sequence[Bucket]) -> None:
-    """One all-reduce for each group over which gradients are partial; several buckets of it go through a copy."""
+def sum_partial(tape: Tape, parts: Sequence[Bucket], *, whole: bool = False) -> None:
+    """One all-reduce for each group over which gradients are partial; several buckets of it go through a copy.
+
+    Of each bucket the own part, or the `whole`.
+    """
     for (axis, size), own in partial_buckets(parts).items():
-        nbytes = sum(bucket.shard_numel for bucket in own) * FLOAT32
+        nbytes = sum(bucket.numel if whole else bucket.shard_numel for bucket in own) * FLOAT32
         with tape.at(PARTIAL_SITE, "backward"), tape.holding(nbytes if len(own) > 1 else 0, "communication_buffers"):
             tape.elementwise(4 * nbytes if len(own) > 1 else 0)
             tape.wait(tape.all_reduce(Group(axis, size), "float32", nbytes))

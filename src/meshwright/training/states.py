@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from meshwright.comm.mesh import World
+from meshwright.comm.collectives import Axis
+from meshwright.comm.mesh import Tiers, World
 from meshwright.config.tree import Job
 from meshwright.model.build import DTYPES
 from meshwright.model.decoder import Decoder, units
 from meshwright.parallel.fsdp import FullyShardedStates
 from meshwright.parallel.replicate import Replicated, States
 from meshwright.parallel.shard import ShardedStates
-from meshwright.planner.buckets import bucket_bytes
+from meshwright.planner.buckets import buckets_of
 from meshwright.schemes.params import ParamSpec
-from meshwright.schemes.replicate import buckets
 
 
 def states_of(job: Job, model: Decoder, specs: tuple[ParamSpec, ...], world: World) -> States:
@@ -27,10 +27,13 @@ def states_of(job: Job, model: Decoder, specs: tuple[ParamSpec, ...], world: Wor
         dtypes = DTYPES[job.training.precision], DTYPES[job.training.reduce_precision]
         return FullyShardedStates(model, layers, specs, layout, world, param_dtype=dtypes[0], reduce_dtype=dtypes[1])
     parameters = {spec.name: model.get_parameter(spec.name) for spec in specs}
-    parts = buckets(specs, layout.gradients, bucket_bytes(job), layout.state_group_size)
+    parts = buckets_of(job, specs)
     handed = ("embedding.weight",) if job.model.tied else ()
     if not layout.state_axes:
-        return Replicated(parameters, parts, layout.gradients, world.gradient_axis, world.neighbours, handed)
+        axis: Axis | Tiers = world.gradient_axis
+        if layout.hierarchical:
+            axis = world.tiers(layout.gradient_axis, job.cluster.devices_per_host)
+        return Replicated(parameters, parts, layout.gradients, axis, world.neighbours, handed)
     sharded = ShardedStates(
         parameters, parts, layout.gradients, world.state_axis, world.replica_axis, world.neighbours, handed
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar
 
-from meshwright.config.tree import Job, Layout, Model, Training
+from meshwright.config.tree import Cluster, Job, Layout, Model, Training
 
 # Narrow models have four layers: the few kilobytes in which oneDNN reorders a bf16 operand, seen by the profiler alone,
 # must be small beside the model.
@@ -131,6 +131,16 @@ STATE_LAYOUTS = {
     "ring 2, zero 3": Layout(ring=2, zero=3),
     "replicate 2 × shard 2 × tensor 2, zero 3": Layout(replicate=2, shard=2, tensor=2),
     "replicate 2 × ring 2 × ulysses 2, zero 3": Layout(replicate=2, ring=2, ulysses=2, zero=3),
+    "replicate 4, naive, hierarchical": Layout(replicate=4, gradients="naive", hierarchical=True),
+    "replicate 4, flat, hierarchical": Layout(replicate=4, gradients="flat", hierarchical=True),
+    "replicate 4, bucketed, hierarchical": Layout(replicate=4, bucket_mib=_SMALL_MIB, hierarchical=True),
+    "replicate 2 × ring 2, bucketed, hierarchical": Layout(
+        replicate=2, ring=2, bucket_mib=_SMALL_MIB, hierarchical=True
+    ),
+    "ring 2 × ulysses 2, per_parameter, hierarchical": Layout(
+        ring=2, ulysses=2, gradients="per_parameter", hierarchical=True
+    ),
+    "replicate 2 × ring 2, naive, hierarchical": Layout(replicate=2, ring=2, gradients="naive", hierarchical=True),
 }
 
 STATE_ACCUMULATIONS = (1, 2, 3)
@@ -220,7 +230,8 @@ class StateCase(NamedTuple):
             reduce_precision=self.reduce if layout.zero_stage >= 2 else "float32",
             device="cpu",
         )
-        return Job(name=str(self), model=STATE_MODELS[self.model], layout=layout, training=training)
+        cluster = Cluster(hosts=2, devices_per_host=layout.world // 2) if layout.hierarchical else Cluster()
+        return Job(str(self), STATE_MODELS[self.model], layout, cluster, training)
 
     def __str__(self) -> str:
         return (
