@@ -315,3 +315,59 @@ def test_processes_equal_the_world():
     assert refusal(check_processes, Layout(), 2) == (
         "--processes 2 is not the product of the degrees, 1 = 1: use --processes 1, or change a degree"
     )
+
+
+def tiered(layout, devices_per_host):
+    """Rule → message of a layout on hosts of so many devices."""
+    cluster = Cluster(hosts=2, devices_per_host=devices_per_host)
+    found = violations(layout, QUICKSTART.model, cluster, QUICKSTART.training)
+    return {violation.rule: violation.message for violation in found}
+
+
+def test_sums_by_tiers_need_ranks_to_share_hosts():
+    both = "layout.hierarchical = true needs as many ranks, 2 or more, of each gradient group on each of several hosts,"
+    why = "(a host's ranks divide what goes to other hosts): use layout.hierarchical false"
+    for layout in (Layout(replicate=4), Layout(replicate=2, ring=2), Layout(replicate=4, tensor=2)):
+        own = replace(layout, hierarchical=True)
+        assert tiered(own, 2 * layout.tensor) == {}
+        assert "tiers" in tiered(own, layout.world)
+    assert tiered(Layout(replicate=4, hierarchical=True), 8) == {
+        "tiers": f"{both} but layout.replicate = 4 has 4 ranks on one host of cluster.devices_per_host = 8 {why} or "
+        "cluster.devices_per_host 2"
+    }
+    assert tiered(Layout(replicate=2, tensor=4, hierarchical=True), 4) == {
+        "tiers": f"{both} but layout.replicate = 2 has 1 rank on each of 2 hosts of cluster.devices_per_host = 4 {why}"
+    }
+    assert tiered(Layout(replicate=4, ring=2, hierarchical=True), 6) == {
+        "tiers": f"{both} but layout.replicate × layout.ring = 4 × 2 = 8 has 6 and 2 ranks on its hosts of "
+        f"cluster.devices_per_host = 6 {why} or cluster.devices_per_host 2 or 4"
+    }
+    assert tiered(Layout(tensor=4, hierarchical=True), 2) == {
+        "tiers": f"{both} but layout.replicate = 1 has 1 rank on one host of cluster.devices_per_host = 2 {why}"
+    }
+
+
+def test_sums_by_tiers_are_of_whole_gradients():
+    assert tiered(Layout(ring=4, zero=1, hierarchical=True), 2) == {
+        "hierarchical": "layout.hierarchical = true with layout.zero = 1 sums no gradients whole (sharded states are "
+        "reduce-scattered): use layout.hierarchical false or layout.zero 0"
+    }
+    found = tiered(Layout(shard=4, hierarchical=True), 4)
+    assert found.keys() == {"hierarchical", "tiers"}
+    assert found["hierarchical"] == (
+        "layout.hierarchical = true with layout.zero = 3 sums no gradients whole (sharded states are "
+        "reduce-scattered): use layout.hierarchical false"
+    )
+
+
+@given(
+    replicate=st.integers(1, 6),
+    ring=st.sampled_from([1, 2, 4]),
+    tensor=st.sampled_from([1, 2, 4]),
+    devices_per_host=st.integers(1, 12),
+)
+def test_the_advised_hosts_are_legal(replicate, ring, tensor, devices_per_host):
+    layout = Layout(replicate=replicate, ring=ring, tensor=tensor, hierarchical=True)
+    if message := tiered(layout, devices_per_host).get("tiers"):
+        for advised in re.findall(r"\d+", message.rpartition("hierarchical false")[2]):
+            assert "tiers" not in tiered(layout, int(advised))

@@ -80,8 +80,8 @@ class Relay(Generic[T]):
         return sent
 
     def finish(self, sent: Sum[T]) -> T:
-        """Put everything on until this is in its last stage; the ticket that is left to wait for."""
-        while not sent.is_in_last_stage:
+        """Put everything on to its last stage; the ticket that is left to wait for."""
+        while self._on_the_way:
             self._put_on()
         return sent.ticket
 
