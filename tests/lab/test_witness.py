@@ -13,7 +13,7 @@ import ranked_witness
 from meshwright.account import Ledger
 from meshwright.comm.lab_ranks import LabRanks
 from meshwright.config.backends import backend_factor
-from meshwright.config.tree import Job, Layout, Model, Training
+from meshwright.config.tree import Cluster, Job, Layout, Model, Training
 from meshwright.lab import Lab, obstacle
 
 MODEL = Model(layers=3, d_model=128, d_ff=384, heads=4, kv_heads=4, head_dim=32, vocab_size=512)
@@ -64,3 +64,34 @@ def test_interfaces_count_what_the_ledger_says(name: str, lab_ranks: tuple[Lab, 
         sent = after[host]["eth0"].sent_bytes - before[host]["eth0"].sent_bytes
         assert expected >= LEAST_BYTES
         assert sent == pytest.approx(expected, rel=TOLERANCE), f"host {host}: {sent / expected:.4f}"
+
+
+@pytest.fixture(scope="module")
+def two_by_two() -> Iterator[tuple[Lab, LabRanks]]:
+    if (why := obstacle()) is not None:
+        pytest.skip(why)
+    with Lab(hosts=2) as lab, LabRanks(lab, per_host=2, timeout_seconds=60.0) as ranks:
+        yield lab, ranks
+
+
+@pytest.mark.parametrize(("tier", "interface"), [("intra", "lo"), ("inter", "eth0")])
+def test_each_tier_goes_over_its_own_interface(tier: str, interface: str, two_by_two: tuple[Lab, LabRanks]) -> None:
+    """Ranks of a host talk over its loopback; between hosts goes what the ledger's rows of that tier say."""
+    lab, ranks = two_by_two
+    layout = Layout(replicate=4, bucket_mib=0.5, hierarchical=True)
+    training, cluster = Training(batch=4, seq_len=64, device="cpu"), Cluster(hosts=2, devices_per_host=2)
+    job = Job(tier, MODEL, layout, cluster, training)
+    ledgers = ranks.run(ranked_witness.prepare, job)
+    before = lab.counters()
+    ranks.run(ranked_witness.step_once, job)
+    after = lab.counters()
+    for host in range(2):
+        own = [_of_tier(ledger, tier) for ledger in ledgers[2 * host : 2 * host + 2]]
+        expected = sum(map(expected_bytes, own))
+        sent = after[host][interface].sent_bytes - before[host][interface].sent_bytes
+        assert expected >= LEAST_BYTES
+        assert sent == pytest.approx(expected, rel=TOLERANCE), f"host {host}: {sent / expected:.4f}"
+
+
+def _of_tier(ledger: Ledger, tier: str) -> Ledger:
+    return Ledger({key: n for key, n in ledger.rows.items() if key.axis == f"replicate:{tier}"})
