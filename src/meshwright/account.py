@@ -193,7 +193,7 @@ class Ledger:
     def of(cls, trace: Trace) -> Ledger:
         """Count the collectives of a trace; groups of one rank and the control phase make no row."""
         rows: Counter[LedgerKey] = Counter()
-        _count_issues(trace.events, rows)
+        _count_issues(trace.events, rows, {})
         return cls(dict(sorted(rows.items())))
 
     @classmethod
@@ -214,16 +214,18 @@ class Ledger:
         return [key._asdict() | {"count": n, "wire_bytes": key.wire_bytes} for key, n in self.rows.items()]
 
 
-def _count_issues(events: Iterable[Event], rows: Counter[LedgerKey]) -> None:
+def _count_issues(events: Iterable[Event], rows: Counter[LedgerKey], counted: dict[int, Counter[LedgerKey]]) -> None:
+    """`counted`: the rows of events that several repeats share, by identity."""
     for event in events:
         if isinstance(event, Issue):
             if event.group_size > 1 and event.phase != "control":
                 operation, axis, size, dtype, payload, phase, site, _ = event
                 rows[LedgerKey(operation, axis, size, phase, site, dtype, payload)] += 1
         elif isinstance(event, Repeat):
-            inner: Counter[LedgerKey] = Counter()
-            _count_issues(event.events, inner)
-            for key, count in inner.items():
+            if id(event.events) not in counted:
+                inner = counted[id(event.events)] = Counter()
+                _count_issues(event.events, inner, counted)
+            for key, count in counted[id(event.events)].items():
                 for index in event.indices():
                     rows[key._replace(site=spelt(key.site, index))] += count
 
@@ -260,7 +262,7 @@ class Work:
     def of(cls, trace: Trace) -> Work:
         """Add up the computations of a trace."""
         amounts: dict[WorkKey, Amount] = {}
-        _add_work(trace.events, amounts)
+        _add_work(trace.events, amounts, {})
         return cls(dict(sorted(amounts.items())))
 
     def flops(self, *, phase: str | None = None, kind: str | None = None) -> int:
@@ -286,15 +288,17 @@ class Work:
         }
 
 
-def _add_work(events: Iterable[Event], amounts: dict[WorkKey, Amount]) -> None:
+def _add_work(events: Iterable[Event], amounts: dict[WorkKey, Amount], added: dict[int, dict[WorkKey, Amount]]) -> None:
+    """`added`: the amounts of events that several repeats share, by identity."""
     for event in events:
         if isinstance(event, Compute):
             key = WorkKey(event.phase, event.kind)
             amounts[key] = amounts.get(key, Amount()).plus(Amount(1, event.flops, event.bytes))
         elif isinstance(event, Repeat):
-            inner: dict[WorkKey, Amount] = {}
-            _add_work(event.events, inner)
-            for key, amount in inner.items():
+            if id(event.events) not in added:
+                inner = added[id(event.events)] = {}
+                _add_work(event.events, inner, added)
+            for key, amount in added[id(event.events)].items():
                 amounts[key] = amounts.get(key, Amount()).plus(amount, event.times)
 
 
@@ -312,7 +316,7 @@ class Footprint:
     @classmethod
     def of(cls, trace: Trace) -> Footprint:
         """Follow the storages of a trace and keep the peak."""
-        summit = _summit(trace.events)
+        summit = _summit(trace.events, {})
         return cls(dict(zip(CATEGORIES, summit.at_peak, strict=True)), summit.phase, summit.site)
 
     @property
@@ -334,7 +338,8 @@ class _Summit(NamedTuple):
     site: str
 
 
-def _summit(events: Iterable[Event]) -> _Summit:
+def _summit(events: Iterable[Event], found: dict[int, _Summit]) -> _Summit:
+    """`found`: the summits of events that several repeats share, by identity."""
     index = {category: i for i, category in enumerate(CATEGORIES)}
     now = [0] * len(CATEGORIES)
     total = highest = 0
@@ -346,7 +351,9 @@ def _summit(events: Iterable[Event]) -> _Summit:
             if total > highest:
                 highest, at_peak, phase, site = total, tuple(now), event.phase, event.site
         elif isinstance(event, Repeat) and event.times:
-            body = _summit(event.events)
+            if id(event.events) not in found:
+                found[id(event.events)] = _summit(event.events, found)
+            body = found[id(event.events)]
             # Each round moves the level by the same amount: the peak is in the last if it climbs, else in the first.
             rounds_before = event.times - 1 if sum(body.net) > 0 else 0
             level = [a + rounds_before * b + c for a, b, c in zip(now, body.net, body.at_peak, strict=True)]
@@ -430,6 +437,9 @@ class StepAccount:
     job: str = ""
     status: str = "executable"
     time_model: Literal["sum", "timeline", "measured", "none"] = "none"
+    overlap: Mapping[str, Any] = field(default_factory=dict)
+    """What was cut so that communication runs under computation, and the candidates it was chosen from with their
+    prices (`planner.overlap`); empty where nobody chose."""
 
     @classmethod
     def of(cls, trace: Trace, *, source: Source, rank: int, world: int, job: str = "") -> StepAccount:
@@ -449,6 +459,7 @@ class StepAccount:
             "work": self.work.to_json(),
             "footprint": self.footprint.to_json(),
             "timeline": self.timeline.to_json(),
+            "overlap": dict(self.overlap),
         }
 
 

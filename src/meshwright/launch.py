@@ -14,6 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from meshwright.account import StepAccount
 from meshwright.config.legality import check_processes, require_decoder, require_legal
 from meshwright.config.tree import AXES, Job
 from meshwright.planner.estimate import estimate
+from meshwright.planner.overlap import decide, summary
 from meshwright.planner.step import formula
 from meshwright.training.data import Text
 from meshwright.training.device import resolve_device
@@ -59,12 +61,14 @@ def prepare(job: Job, runs: Path) -> RunFolder:
     from meshwright.rehearsal.rehearse import rehearse_job  # imports torch: seconds
 
     text = Text.open(job)
+    decision = decide(job)
+    job = decision.chosen.job
     folder = RunFolder.create(runs, job)
-    plan = estimate(formula(job), job)
+    plan = replace(estimate(formula(job), job), overlap=decision.to_json())
     folder.write_account("plan", plan)
     rehearsal = rehearse_job(job)
     folder.write_account("rehearsal", rehearsal)
-    print(_summary(job, text, folder, plan, rehearsal), flush=True)
+    print(_summary(job, text, folder, plan, rehearsal), summary(decision), sep="\n", flush=True)
     return folder
 
 

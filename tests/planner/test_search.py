@@ -27,7 +27,7 @@ def test_tensor_parallel_traffic_of_llama3_8b() -> None:
 
     A block sends N·E in bf16 twice forward (attention, mlp) and twice backward: 2·65,536·4,096 = 536,870,912 B a call.
     """
-    layout = job("llama3-8b", layout__replicate=8, layout__tensor=8, training__accumulation=16)
+    layout = job("llama3-8b", layout__replicate=8, layout__tensor=8, layout__overlap="none", training__accumulation=16)
     rows = price(layout).account.ledger.rows
     payload = 2 * 65_536 * E
     assert payload == 536_870_912
@@ -59,7 +59,7 @@ def test_replicated_gradients_of_llama3_8b() -> None:
 
 def test_ffn_blocks() -> None:
     """xxl-ffn: two weights of 16,384 × 53,248 a block, 126 blocks; tensor 8: one all-reduce each way a block."""
-    found = price(job("xxl-ffn", layout__tensor=8, training__batch=8)).account
+    found = price(job("xxl-ffn", layout__tensor=8, layout__overlap="none", training__batch=8)).account
     parameters = 126 * 2 * 16_384 * 53_248
     assert parameters == 219_848_638_464
     assert found.status == "formula"
@@ -85,8 +85,8 @@ def test_ffn_blocks_free_what_they_allocate() -> None:
 
 
 def test_own_layout_without_devices() -> None:
-    found = plan(job("quickstart", layout__replicate=2, layout__tensor=2))
-    assert [c.job.layout for c in found.layouts] == [Layout(replicate=2, tensor=2)]
+    found = plan(job("quickstart", layout__replicate=2, layout__tensor=2, layout__overlap="none"))
+    assert [c.job.layout for c in found.layouts] == [Layout(replicate=2, tensor=2, overlap="none")]
     assert not found.rejected
 
 

@@ -17,6 +17,7 @@ from meshwright.config.legality import complete_world, require_decoder, require_
 from meshwright.config.ranges import world_mistakes
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
+from meshwright.planner.overlap import decide
 
 
 def plan(given: options.Plan) -> int:
@@ -34,7 +35,8 @@ def plan(given: options.Plan) -> int:
 
 def rehearse(given: options.Rehearse) -> int:
     """The account of one rank, timed by the planner's estimate."""
-    job = _planned(_of_world(_executable(_job(given), "rehearse"), given.world, given.typed))
+    decision = decide(_planned(_of_world(_executable(_job(given), "rehearse"), given.world, given.typed)))
+    job = decision.chosen.job
     _check_rank(given.rank, job)
     folder = Path(given.out) if given.out is not None else None
     if folder is not None:
@@ -43,7 +45,7 @@ def rehearse(given: options.Rehearse) -> int:
     from meshwright.planner.estimate import estimate
     from meshwright.rehearsal.rehearse import rehearse_job
 
-    account = estimate(rehearse_job(job, given.rank), job)
+    account = replace(estimate(rehearse_job(job, given.rank), job), overlap=decision.to_json())
     if folder is not None:
         with _writable(folder):
             (folder / "rehearsal.json").write_text(json.dumps(account.to_json(), indent=1), encoding="utf-8")

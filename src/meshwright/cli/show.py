@@ -37,7 +37,8 @@ def show_plan(plan: Plan) -> None:
         for group in plan.rejected:
             table.add_row(group.rule, str(group.count), group.example, group.fix)
         emit(table)
-    emit(*(f"note: {note}" for note in plan.notes))
+    chosen = f"{'of the first, ' if len(plan.layouts) > 1 else ''}{plan.layouts[0].overlap}"
+    emit(*(f"note: {note}" for note in plan.notes), chosen)
 
 
 def _plan_cells(candidate: Candidate) -> list[str]:

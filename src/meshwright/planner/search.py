@@ -16,10 +16,9 @@ from meshwright.account import StepAccount
 from meshwright.config.legality import Violation, divisors, listed, near_multiples, require_legal
 from meshwright.config.tree import AXES, Job, Layout
 from meshwright.errors import UserError
-from meshwright.planner.blocks import formula_of_blocks
-from meshwright.planner.estimate import estimate, mfu, model_flops
+from meshwright.planner.estimate import mfu, model_flops
 from meshwright.planner.explain import notes, why
-from meshwright.planner.step import heaviest
+from meshwright.planner.overlap import decide, summary
 
 VARIED = ("tensor", "replicate")
 """The axes that a search varies."""
@@ -31,6 +30,8 @@ class Candidate:
 
     job: Job
     account: StepAccount
+    overlap: str
+    """What is cut, and what it is worth, in one line."""
 
     @property
     def missing_bytes(self) -> int | None:
@@ -72,7 +73,7 @@ class Candidate:
             "mfu": self.mfu,
             "exposed_seconds": account["timeline"]["exposed_seconds"],
             "why": self.why,
-            **{key: account[key] for key in ("status", "time_model", "footprint", "work", "ledger")},
+            **{key: account[key] for key in ("status", "time_model", "footprint", "work", "ledger", "overlap")},
         }
 
 
@@ -113,7 +114,8 @@ def plan(job: Job, devices: int | None = None, typed: Collection[str] = (), top:
     """
     if devices is None:
         require_legal(job)
-        return Plan(job, (price(job),), (), notes(job, job.layout.world))
+        only = price(job)
+        return Plan(job, (only,), (), notes(only.job, job.layout.world))
     legal, broken = [], []
     for layout in candidates(job.layout, devices, typed):
         violations = layout.violations(job.model, job.cluster, job.training)
@@ -129,9 +131,9 @@ def plan(job: Job, devices: int | None = None, typed: Collection[str] = (), top:
 
 
 def price(job: Job) -> Candidate:
-    """Formula and estimate of a legal job."""
-    account = formula_of_blocks(job) if job.model.block == "ffn" else heaviest(job)
-    return Candidate(job, estimate(account, job, with_spans=False))
+    """Formula and timeline of a legal job, its overlap chosen if that is left to us."""
+    decision = decide(job)
+    return Candidate(decision.chosen.job, decision.account(), summary(decision))
 
 
 def candidates(layout: Layout, devices: int, typed: Collection[str]) -> Iterator[Layout]:

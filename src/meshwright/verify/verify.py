@@ -8,6 +8,7 @@ from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_memory
 from meshwright.config.legality import check_processes
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
+from meshwright.planner.overlap import resolve
 from meshwright.planner.step import formula, heaviest
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.units import format_bytes
@@ -26,7 +27,7 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
     if processes is not None:
         check_processes(job.layout, processes)
     job = shrink_job(job) if shrink else job
-    job = replace(job, training=replace(job.training, device="cpu", compile=False))
+    job = resolve(replace(job, training=replace(job.training, device="cpu", compile=False)))
     check_memory(job, available_memory())
     if ranks is not None:
         return verify_on(job, ranks)
