@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,20 +39,20 @@ class Summed(NamedTuple):
     rows: dict[LedgerKey, int]
 
 
-def by_ring(method: str, layout: Layout, axis: str, numel: int, devices_per_host: int = 1) -> Summed:
+def by_ring(method: str, layout: Layout, axis: str, numel: int, devices_per_host: int = 1, segments: int = 1) -> Summed:
     """A ring over an axis, or over both tiers of it, of this rank's values."""
     world = World.create(layout, torch.device("cpu"))
     if method == "hierarchical":
         tiers = world.tiers(axis, devices_per_host)
-        return _summed(lambda tensor: hierarchical_ring_all_reduce(tensor, tiers, site=SITE, phase=PHASE), world, numel)
+        return _summed(partial(hierarchical_ring_all_reduce, tiers=tiers, segments=segments), world, numel)
     ring = {"reduce_scatter": ring_reduce_scatter, "all_gather": ring_all_gather, "all_reduce": ring_all_reduce}[method]
-    return _summed(lambda tensor: ring(tensor, world.axes[axis], site=SITE, phase=PHASE), world, numel)
+    return _summed(partial(ring, axis=world.axes[axis], segments=segments), world, numel)
 
 
-def _summed(function: Callable[[torch.Tensor], torch.Tensor], world: World, numel: int) -> Summed:
+def _summed(function: Callable[..., torch.Tensor], world: World, numel: int) -> Summed:
     tensor = values(world.rank, numel)
     with Recorder() as recorder:
-        result = function(tensor)
+        result = function(tensor, site=SITE, phase=PHASE)
     rows = dict(Ledger.of(recorder.trace()).rows)
     shared = result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return Summed(result.clone(), shared, rows)

@@ -71,29 +71,36 @@ def hops(axis: str, size: int, elements: int, count: int) -> dict[LedgerKey, int
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_rings_sum_and_gather(ranks: Pool, world: int) -> None:
-    """In place, in n-1 hops of an n-th each."""
+@pytest.mark.parametrize("segments", [1, 2])
+def test_rings_sum_and_gather(ranks: Pool, world: int, segments: int) -> None:
+    """In place, in n-1 hops of an n-th each, which may be cut."""
+
+    def run(method: str) -> list[ranked.Summed]:
+        return ranks(world).run(ranked.by_ring, method, layout, "replicate", NUMEL, 1, segments)
+
     layout, part = Layout(replicate=world), NUMEL // world
-    row = hops("replicate", world, part, world - 1) if world > 1 else {}
-    for rank, found in enumerate(ranks(world).run(ranked.by_ring, "reduce_scatter", layout, "replicate", NUMEL)):
+    row = hops("replicate", world, part // segments, segments * (world - 1)) if world > 1 else {}
+    for rank, found in enumerate(run("reduce_scatter")):
         assert torch.equal(found.result, total(world)[rank * part : (rank + 1) * part])
         assert (found.rows, found.in_place) == (row, True)
     gathered = torch.cat([ranked.values(rank, NUMEL)[rank * part : (rank + 1) * part] for rank in range(world)])
-    for found in ranks(world).run(ranked.by_ring, "all_gather", layout, "replicate", NUMEL):
+    for found in run("all_gather"):
         assert torch.equal(found.result, gathered)
         assert (found.rows, found.in_place) == (row, True)
-    for found in ranks(world).run(ranked.by_ring, "all_reduce", layout, "replicate", NUMEL):
+    for found in run("all_reduce"):
         assert torch.equal(found.result, total(world))
         assert found.rows == {key: 2 * count for key, count in row.items()}
 
 
+@pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize(
     ("layout", "axis"), [(Layout(replicate=4), "replicate"), (Layout(replicate=2, ring=2), "replicate*ring")]
 )
-def test_a_ring_in_each_tier(ranks: Pool, layout: Layout, axis: str) -> None:
-    """Between hosts a hop is a quarter of the tensor: half of the half that this rank has summed."""
-    inside, between = hops(f"{axis}:intra", 2, NUMEL // 2, 2), hops(f"{axis}:inter", 2, NUMEL // 4, 2)
-    for found in ranks(4).run(ranked.by_ring, "hierarchical", layout, axis, NUMEL, 2):
+def test_a_ring_in_each_tier(ranks: Pool, layout: Layout, axis: str, segments: int) -> None:
+    """Between hosts a hop is a quarter of a segment: half of the half that this rank has summed."""
+    inside = hops(f"{axis}:intra", 2, NUMEL // segments // 2, 2 * segments)
+    between = hops(f"{axis}:inter", 2, NUMEL // segments // 4, 2 * segments)
+    for found in ranks(4).run(ranked.by_ring, "hierarchical", layout, axis, NUMEL, 2, segments):
         assert torch.equal(found.result, total(4))
         assert (found.rows, found.in_place) == (inside | between, True)
 

@@ -5,14 +5,16 @@ flat_P   [P]   contiguous, P a multiple of the ranks that cut it: summed in plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from meshwright.comm.collectives import Axis, Pending
 from meshwright.comm.mesh import Tiers
-from meshwright.schemes.hierarchical import Relay, Stage, Sum, all_gather_hops, reduce_scatter_hops
+from meshwright.schemes.hierarchical import Hop, Relay, Stage, Sum, all_gather_hops, reduce_scatter_hops
 
 # --- buckets, by the backend's own collectives ------------------------------------------------------------------------
 
@@ -62,56 +64,93 @@ class HierarchicalSums:
 # --- rings, by single hops --------------------------------------------------------------------------------------------
 
 
-def ring_reduce_scatter(tensor_P: torch.Tensor, axis: Axis, *, site: str, phase: str | None = None) -> torch.Tensor:
+def ring_reduce_scatter(
+    tensor_P: torch.Tensor, axis: Axis, *, site: str, phase: str | None = None, segments: int = 1
+) -> torch.Tensor:
     """Leave in this rank's equal part of `tensor_P` the sum over the axis; that part. The rest is undefined after.
 
-    A hop is waited for before the next, which sends on what it brought. One part is held beside the tensor.
+    P is a multiple of the ranks. With several segments, of which P/n is then a multiple, hops of one are on the wire
+    while others are added, so that it never runs dry. What arrives is held beside the tensor until it is added.
     """
-    parts = _parts(tensor_P, axis.size)
-    arriving = torch.empty_like(parts[0]) if axis.size > 1 else None
-    for hop in reduce_scatter_hops(axis.rank, axis.size):
-        pending = axis.shift(
-            parts[hop.sends],
-            send_to=hop.send_to,
-            receive_from=hop.receive_from,
-            site=site,
-            phase=phase,
-            into=arriving,
-        )
-        parts[hop.receives].add_(pending.wait())
-    return parts[axis.rank]
+    parts = tensor_P.unflatten(0, (axis.size, segments, -1)).unbind(1)
+    _run([_reducing(part, axis) for part in parts], site, phase)
+    return tensor_P.chunk(axis.size)[axis.rank]
 
 
-def ring_all_gather(tensor_P: torch.Tensor, axis: Axis, *, site: str, phase: str | None = None) -> torch.Tensor:
-    """Fill `tensor_P`, of which each rank has its own equal part."""
-    parts = _parts(tensor_P, axis.size)
-    for hop in all_gather_hops(axis.rank, axis.size):
-        axis.shift(
-            parts[hop.sends],
-            send_to=hop.send_to,
-            receive_from=hop.receive_from,
-            site=site,
-            phase=phase,
-            into=parts[hop.receives],
-        ).wait()
+def ring_all_gather(
+    tensor_P: torch.Tensor, axis: Axis, *, site: str, phase: str | None = None, segments: int = 1
+) -> torch.Tensor:
+    """Fill `tensor_P`, of which each rank has its own equal part. Sizes are as of `ring_reduce_scatter`."""
+    parts = tensor_P.unflatten(0, (axis.size, segments, -1)).unbind(1)
+    _run([_gathering(part, axis) for part in parts], site, phase)
     return tensor_P
 
 
-def ring_all_reduce(tensor_P: torch.Tensor, axis: Axis, *, site: str, phase: str | None = None) -> torch.Tensor:
-    """Sum `tensor_P` over the axis, in place: rule 1."""
-    ring_reduce_scatter(tensor_P, axis, site=site, phase=phase)
-    return ring_all_gather(tensor_P, axis, site=site, phase=phase)
+def ring_all_reduce(
+    tensor_P: torch.Tensor, axis: Axis, *, site: str, phase: str | None = None, segments: int = 1
+) -> torch.Tensor:
+    """Sum `tensor_P` over the axis, in place: rule 1. P: a multiple of n times the segments."""
+    parts = [part.unflatten(0, (axis.size, -1)) for part in tensor_P.unflatten(0, (segments, -1))]
+    _run([_reducing(part, axis) + _gathering(part, axis) for part in parts], site, phase)
+    return tensor_P
 
 
 def hierarchical_ring_all_reduce(
-    tensor_P: torch.Tensor, tiers: Tiers, *, site: str, phase: str | None = None
+    tensor_P: torch.Tensor, tiers: Tiers, *, site: str, phase: str | None = None, segments: int = 1
 ) -> torch.Tensor:
-    """Sum `tensor_P` over both tiers, in place, every stage by rings: rules 1 and 2. P: a multiple of r·h."""
-    own = ring_reduce_scatter(tensor_P, tiers.intra, site=site, phase=phase)
-    ring_all_reduce(own, tiers.inter, site=site, phase=phase)
-    return ring_all_gather(tensor_P, tiers.intra, site=site, phase=phase)
+    """Sum `tensor_P` over both tiers, in place, every stage by rings: rules 1 and 2.
+
+    P: a multiple of r·h times the segments. With several, one is between hosts while another is inside of one.
+    """
+    intra, inter = tiers
+    courses = []
+    for segment in tensor_P.unflatten(0, (segments, -1)):
+        inside = segment.unflatten(0, (intra.size, -1))
+        between = inside[intra.rank].unflatten(0, (inter.size, -1))
+        summed = _reducing(inside, intra) + _reducing(between, inter)
+        courses.append(summed + _gathering(between, inter) + _gathering(inside, intra))
+    _run(courses, site, phase)
+    return tensor_P
 
 
-def _parts(tensor_P: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
-    assert tensor_P.ndim == 1 and tensor_P.is_contiguous() and len(tensor_P) % size == 0, (tensor_P.shape, size)
-    return tensor_P.chunk(size)
+class _Move(NamedTuple):
+    """A hop: what is sent, and what is added to, or else filled with, what comes."""
+
+    axis: Axis
+    hop: Hop
+    sends: torch.Tensor
+    receives: torch.Tensor
+    adds: bool
+
+    def start(self, site: str, phase: str | None) -> Pending:
+        """Put it on the wire."""
+        into = None if self.adds else self.receives
+        to, origin = self.hop.send_to, self.hop.receive_from
+        return self.axis.shift(self.sends, send_to=to, receive_from=origin, site=site, phase=phase, into=into)
+
+    def finish(self, pending: Pending) -> None:
+        """It has arrived."""
+        arrived = pending.wait()
+        if self.adds:
+            self.receives.add_(arrived)
+
+
+def _reducing(parts: torch.Tensor, axis: Axis) -> list[_Move]:
+    """`parts` [n, ...]: one for each rank."""
+    hops = reduce_scatter_hops(axis.rank, axis.size)
+    return [_Move(axis, hop, parts[hop.sends], parts[hop.receives], True) for hop in hops]
+
+
+def _gathering(parts: torch.Tensor, axis: Axis) -> list[_Move]:
+    hops = all_gather_hops(axis.rank, axis.size)
+    return [_Move(axis, hop, parts[hop.sends], parts[hop.receives], False) for hop in hops]
+
+
+def _run(courses: Sequence[Sequence[_Move]], site: str, phase: str | None) -> None:
+    """Courses of as many moves side by side; in each, a move sends what the one before has brought."""
+    pending = [course[0].start(site, phase) for course in courses if course]
+    for index in range(len(courses[0])):
+        for number, course in enumerate(courses):
+            course[index].finish(pending[number])
+            if index + 1 < len(course):
+                pending[number] = course[index + 1].start(site, phase)
