@@ -11,11 +11,12 @@ import pytest
 
 from meshwright.bench import ring
 from meshwright.bench.context import Setting, account_rank, formula, time_rank
-from meshwright.bench.pairs import median_interval, ratio_row
+from meshwright.bench.pairs import ratio_row
 from meshwright.bench.record import row
 from meshwright.comm.ranks import RankError, Ranks
 from meshwright.config.tree import Layout
 from meshwright.errors import UserError
+from meshwright.intervals import median_interval
 
 SETTING = replace(ring.QUICK, samples=2)
 
