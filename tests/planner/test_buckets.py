@@ -47,6 +47,21 @@ def test_automatic_size_is_the_models_for_the_link(layout: Layout, wire_per_byte
     assert found == pytest.approx(nbytes / max(1, round(nbytes / ideal)), rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("intra", "seconds_per_byte"),
+    [
+        (Link(1e-6, 1e9), 2 * 3 / 4 / 2 / 1e8),  # half of a bucket goes between 4 hosts
+        (Link(1e-6, 1e7), 3 * 1 / 2 / 1e7),  # gloo sends a reduce-scatter twice, and the gather once
+    ],
+)
+def test_automatic_size_of_sums_by_tiers(intra: Link, seconds_per_byte: float) -> None:
+    """The slower tier sets the pace, all three calls cost their latency."""
+    own = job(Layout(replicate=8, hierarchical=True), replace(CLUSTER, intra=intra))
+    nbytes, latency = 4 * num_parameters(MODEL, 32), 2 * intra.latency_seconds + CLUSTER.inter.latency_seconds
+    ideal = math.sqrt(nbytes / seconds_per_byte * latency)
+    assert bucket_bytes(own) == pytest.approx(nbytes / max(1, round(nbytes / ideal)), rel=0.2)
+
+
 def test_a_fast_device_has_less_to_hide_under() -> None:
     """Once backward is shorter than the transfer: n* = sqrt(t_bwd/o)."""
     fast = replace(CLUSTER, device=Device(peak_flops={"float32": 2e12}))
@@ -58,8 +73,9 @@ def test_a_fast_device_has_less_to_hide_under() -> None:
     assert bucket_bytes(own) > bucket_bytes(job(Layout(replicate=8)))
 
 
-def test_formula_and_rehearsal_take_the_same_buckets() -> None:
-    own = job(Layout(replicate=8))
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_formula_and_rehearsal_take_the_same_buckets(hierarchical: bool) -> None:
+    own = job(Layout(replicate=8, hierarchical=hierarchical))
     planned, rehearsed = formula(own), rehearse_job(own)
     assert sum(key.site.startswith("bucket.") for key in planned.ledger.rows) > 3
     assert not list(differences_of(planned, rehearsed))
