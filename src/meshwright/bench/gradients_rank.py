@@ -78,6 +78,12 @@ def sample(problem: Problem, subject: Subject) -> Times:
     return _made[key].sample()
 
 
+def gradients_of(problem: Problem, subject: Subject) -> list[torch.Tensor]:
+    """Copies of the gradients that the last sample of one of our own subjects left."""
+    model = _made[problem, subject]._state.model
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
 def communicate(problem: Problem, bucket_mib: float) -> tuple[float, float]:
     """Seconds of all buckets alone, put on the wire together as backward would, and of the last one alone."""
     sizes = [bucket.numel for bucket in problem.buckets(bucket_mib)]

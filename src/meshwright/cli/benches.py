@@ -178,6 +178,52 @@ class Gradients:
         return _told("gradients", setting.command(), rows, show_gradients, as_json=self.json)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Matmul:
+    """Overlap on emulated hosts: under matrix products, in a block, in a step, under backward, and sums by tiers."""
+
+    quick: bool = False
+    """Small problems, two hosts, one ratio and few samples, where others are not given: half a minute."""
+    parts: str | None = None
+    """Between commas: matmul,block,step,buckets,hierarchical."""
+    hosts: str | None = None
+    """Numbers of hosts, a rank on each, between commas: 2,4, or 2 if quick."""
+    ratios: str | None = None
+    """Ratios of communication to computation, between commas: 0.5,1,2, or 1 if quick."""
+    samples: int | None = None
+    """Turns of all subjects with two hosts: 9, or 2 if quick; half as many with more hosts."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def show(self) -> int:
+        """1 where ranks were lost, or a subject computes or sends something else than it should."""
+        from meshwright.bench import overlap
+
+        kinds: dict[str, Callable[[str], Any]] = {"parts": str, "hosts": int, "ratios": float}
+        given: dict[str, Any] = {} if self.samples is None else {"samples": self.samples}
+        for name, kind in kinds.items():
+            if (text := getattr(self, name)) is not None:
+                given[name] = _between_commas(name, text, kind)
+        setting = replace(overlap.QUICK if self.quick else overlap.Setting(), **given)
+        rows = overlap.measure(setting, _silent if self.json else print)
+        from meshwright.cli.show_overlap import show_overlap
+
+        return _told("overlap", setting.command(), rows, show_overlap, as_json=self.json)
+
+
+def _silent(_: str) -> None:
+    """Where stdout is for JSON."""
+
+
+def _between_commas(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """What is written so. Raises UserError where that is not of the kind."""
+    try:
+        return tuple(kind(word.strip()) for word in text.split(","))
+    except ValueError:
+        what, example = ("whole numbers", "2,4") if kind is int else ("numbers", "0.5,1,2")
+        raise UserError(f'--{name} = "{text}" is not {what} between commas: use {example}') from None
+
+
 def _told(
     name: str, command: str, rows: list[dict[str, Any]], show: Callable[[list[dict[str, Any]]], None], *, as_json: bool
 ) -> int:
@@ -216,5 +262,6 @@ BENCHES: dict[str, type[Measurement]] = {
     "ring": Ring,
     "collectives": Collectives,
     "gradients": Gradients,
+    "matmul": Matmul,
     "calibrate": Calibrate,
 }

@@ -299,7 +299,7 @@ def _is_option(text: str) -> bool:
 
 def _value(name: str, text: str, kind: Any) -> Any:
     value = parse(text, kind)
-    if name in _AT_LEAST_ONE and value < 1:
+    if name in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
         raise WrongValueError("a whole number above 0", value)
     return value
 
