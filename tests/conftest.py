@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshwright.comm.ranks import Ranks
-from meshwright.verify.matrix import all_cases, all_long_cases, all_state_cases
+from meshwright.verify.matrix import every_case
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers that ranks import by name
 
@@ -39,5 +39,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line below the results, where agreement cases ran."""
     ran = [r for r in terminalreporter.stats.get("passed", []) if "test_formula_rehearsal_and_run_agree" in r.nodeid]
     if ran:
-        total = len(all_cases()) + len(all_long_cases()) + len(all_state_cases())
+        total = len(every_case())
         terminalreporter.write_line(f"agreement: {len(ran)} of {total} cases agree in formula, rehearsal and run")

@@ -102,6 +102,41 @@ def gradients_not_summed_over_the_ring(model: Decoder, world: World) -> None:
 
 
 @dataclass(frozen=True)
+class FaultyRing:
+    """Let the hops of one module's rings misbehave in one phase."""
+
+    module: str
+    fault: str
+    in_backward: bool
+
+    def __call__(self, model: Decoder, world: World) -> None:
+        owner: Any = model.get_submodule(self.module)
+        _replace_axis(owner, lambda axis: _FaultyHops(**vars(axis), fault=self.fault, in_backward=self.in_backward))
+
+
+@dataclass(frozen=True)
+class _FaultyHops(Axis):
+    """An axis whose shifts misbehave in one phase; what is sent keeps its bytes."""
+
+    fault: str = ""
+    in_backward: bool = False
+    previous: list[torch.Tensor] = field(default_factory=list)
+
+    def shift(self, tensor: torch.Tensor, **keywords: Any) -> Pending:
+        if torch_private.in_backward() != self.in_backward:
+            return super().shift(tensor, **keywords)
+        if self.fault == "wrong way":
+            send_to, receive_from = keywords["receive_from"], keywords["send_to"]
+            return super().shift(tensor, **keywords | {"send_to": send_to, "receive_from": receive_from})
+        if self.fault == "counted twice":
+            return super().shift(tensor, **keywords).then(lambda rows: rows.mul_(2))
+        assert self.fault == "piece before", self.fault
+        self.previous.append(tensor)
+        same = [piece for piece in self.previous[-2:-1] if piece.shape == tensor.shape]
+        return super().shift(same[0].clone() if same else tensor, **keywords)
+
+
+@dataclass(frozen=True)
 class FaultyAttention:
     """Let one layer attend by a kind of `ContextAttention` that has a fault."""
 

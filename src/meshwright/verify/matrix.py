@@ -1,8 +1,9 @@
 """The cells of the agreement matrix: tiny models, layouts, precisions and options.
 
-Three matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
-with every model and recomputation, where precision, chunks of the loss and documents take turns; and layouts by how
-they sum gradients and shard states, each with every model, where precision, accumulation and other options take turns.
+Four matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
+with every model and recomputation, where precision, chunks of the loss and documents take turns; layouts by how
+they sum gradients and shard states, each with every model, where precision, accumulation and other options take turns;
+and layouts whose products are cut so that communication runs under them, each with every model and ring.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ LAYOUTS = {
     "replicate 4": Layout(replicate=4),
 }
 
-C = TypeVar("C", "Case", "LongCase", "StateCase")
+C = TypeVar("C", "Case", "LongCase", "StateCase", "OverlapCase")
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
@@ -145,6 +146,29 @@ STATE_LAYOUTS = {
 
 STATE_ACCUMULATIONS = (1, 2, 3)
 
+OVERLAP_LAYOUTS = {
+    "tensor 2": Layout(tensor=2),
+    "tensor 2, sequence parallel": Layout(tensor=2, sequence_parallel=True),
+    "tensor 4": Layout(tensor=4),
+    "tensor 4, sequence parallel": Layout(tensor=4, sequence_parallel=True),
+    "replicate 2 × tensor 2": Layout(replicate=2, tensor=2, bucket_mib=_SMALL_MIB),
+    "replicate 2 × tensor 2, sequence parallel": Layout(replicate=2, tensor=2, sequence_parallel=True),
+    "shard 2 × tensor 2, zero 1": Layout(shard=2, tensor=2, zero=1, bucket_mib=_SMALL_MIB),
+    "shard 2 × tensor 2, zero 2, sequence parallel": Layout(shard=2, tensor=2, zero=2, sequence_parallel=True),
+    "shard 2 × tensor 2, zero 3": Layout(shard=2, tensor=2),
+    "shard 2 × tensor 2, zero 3, sequence parallel": Layout(shard=2, tensor=2, sequence_parallel=True),
+    "ulysses 2 × tensor 2": Layout(ulysses=2, tensor=2),
+    "ulysses 2 × tensor 2, sequence parallel": Layout(ulysses=2, tensor=2, sequence_parallel=True),
+    "ring 2 × tensor 2": Layout(ring=2, tensor=2),
+    "ring 2 × tensor 2, sequence parallel": Layout(ring=2, tensor=2, sequence_parallel=True),
+}
+
+OVERLAP_CHUNKS = (1, 3, 4)
+"""3 divides no rank's rows, and its second piece has rows of both sequences."""
+
+Ring = Literal["unidirectional", "bidirectional"]
+OVERLAP_RINGS: tuple[Ring, ...] = ("unidirectional", "bidirectional")
+
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -240,7 +264,44 @@ class StateCase(NamedTuple):
         )
 
 
-AnyCase = Case | LongCase | StateCase
+class OverlapCase(NamedTuple):
+    """One cell of the matrix of layouts whose products are cut so that communication runs under them."""
+
+    model: str
+    layout: str
+    ring: Ring
+    chunks: int
+    recompute: Recompute
+    precision: Precision
+    loss_chunk: int
+
+    @property
+    def job(self) -> Job:
+        """The job it stands for: two sequences a micro-batch, of a length that 3 chunks do not divide."""
+        layout = replace(
+            OVERLAP_LAYOUTS[self.layout],
+            overlap="pipelined",
+            overlap_chunks=self.chunks,
+            overlap_ring=self.ring,
+            recompute=self.recompute,
+        )
+        training = Training(
+            batch=2 * layout.batch_ranks,
+            seq_len=56,
+            precision=self.precision,
+            loss_chunk=self.loss_chunk,
+            device="cpu",
+        )
+        return Job(name=str(self), model=LONG_MODELS[self.model], layout=layout, training=training)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.layout}, pipelined, {self.ring}, {self.chunks} chunks, recompute {self.recompute}, "
+            f"{self.precision}, loss chunk {self.loss_chunk}"
+        )
+
+
+AnyCase = Case | LongCase | StateCase | OverlapCase
 
 
 def all_cases() -> list[Case]:
@@ -266,6 +327,21 @@ def all_state_cases() -> list[StateCase]:
             cells, shuffled, strict=False
         )
     ]
+
+
+def all_overlap_cases() -> list[OverlapCase]:
+    """Every model, layout and ring; the other options take turns so that all pairs occur."""
+    cells = itertools.product(OVERLAP_LAYOUTS, LONG_MODELS, OVERLAP_RINGS)
+    turns = list(itertools.product(OVERLAP_CHUNKS, RECOMPUTES, PRECISIONS, LOSS_CHUNKS))
+    shuffled = (turns[number * 21 % 37 % len(turns)] for number in itertools.count())  # 37: prime to every option
+    return [
+        OverlapCase(model, layout, ring, *turn) for (layout, model, ring), turn in zip(cells, shuffled, strict=False)
+    ]
+
+
+def every_case() -> list[AnyCase]:
+    """All matrices."""
+    return [*all_cases(), *all_long_cases(), *all_state_cases(), *all_overlap_cases()]
 
 
 def covering_cases(cases: Sequence[C], at_least: int = 0) -> list[C]:
