@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from meshwright.account import wire_bytes
-from meshwright.config.backends import backend_factor
+from meshwright.config.backends import backend_factor, backend_of
 from meshwright.config.tree import Job
 from meshwright.planner.flops import backward_seconds
 from meshwright.planner.wire import link
@@ -40,7 +40,7 @@ def bucket_bytes(job: Job) -> int:
     stages = [stage for stage in _stages(job, nbytes) if stage[1].size > 1]
     if not stages:
         return nbytes
-    backend = "gloo" if job.training.device == "cpu" else "nccl"
+    backend = backend_of(job.training.device)
     links = {group.axis: link(group.axis, group.size, layout, job.cluster) for _, group, _ in stages}
     sent = dict.fromkeys(links, 0.0)
     for operation, group, payload in stages:
