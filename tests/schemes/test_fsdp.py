@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 from meshwright.account import EXACT_CATEGORIES, Ledger, LedgerKey, StepAccount
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
-from meshwright.schemes.fsdp import FullyShardedUnits, Run, Unit, Units, own_numel, padded_numel
+from meshwright.schemes.fsdp import FullyShardedUnits, Unit, own_numel, padded_numel
 from meshwright.schemes.params import ParamSpec, Split, param_specs
 from meshwright.schemes.tape import Group
+from meshwright.schemes.units import Run, Units
 
 MODEL = Model(layers=4, d_model=6, d_ff=10, heads=2, kv_heads=1, head_dim=4, vocab_size=7)
 LAYER, ROOT = {4: 400, 2: 336}, {4: 104, 2: 102}

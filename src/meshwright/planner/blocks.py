@@ -14,10 +14,10 @@ from meshwright.account import StepAccount
 from meshwright.config.tree import Job
 from meshwright.planner.states import states_of
 from meshwright.planner.step import optimise
-from meshwright.schemes.fsdp import Units
 from meshwright.schemes.params import param_specs
 from meshwright.schemes.tape import Sizes, Tape
 from meshwright.schemes.tensor import ColumnLinear, RowLinear
+from meshwright.schemes.units import Run, Units
 
 
 def formula_of_blocks(job: Job) -> StepAccount:
@@ -43,26 +43,31 @@ def _micro_batch(tape: Tape, job: Job, units: Units) -> None:
     with tape.at("", "forward"):
         tape.save(stream)
     units.enter_model(tape)
-    for run in units.forward_runs(model.layers):
-        with tape.repeat(run.times, first=run.first), tape.at("layers.*.mlp", "forward"):
+
+    def forward(run: Run) -> None:
+        with tape.at("layers.*.mlp", "forward"):
             units.enter_layer(tape, run)
             up.forward(tape, ("saved_activations",))
             down.forward(tape)
             tape.free(stream, s.wire_category)  # the next block saves it
             tape.save(stream)
             units.leave_layer(tape)
-    units.leave_model(tape)
-    units.reenter_model(tape)
-    with tape.at("", "backward"):
-        tape.release(stream)
-        tape.alloc(stream, s.wire_category)  # the gradient of the last output
-    for run in units.backward_runs(model.layers):
-        with tape.repeat(run.times, first=run.first, step=-1), tape.at("layers.*.mlp", "backward"):
+
+    def backward(run: Run) -> None:
+        with tape.at("layers.*.mlp", "backward"):
             units.reenter_layer(tape, run)
             down.backward(tape, release_input=True)
             tape.free(stream, s.wire_category)
             up.backward(tape)
             units.reduce_layer(tape, run)
+
+    units.forward_layers(tape, model.layers, forward)
+    units.leave_model(tape)
+    units.reenter_model(tape)
+    with tape.at("", "backward"):
+        tape.release(stream)
+        tape.alloc(stream, s.wire_category)  # the gradient of the last output
+    units.backward_layers(tape, model.layers, backward)
     with tape.at("", "backward"):
         tape.free(stream, s.wire_category)
     units.reduce_model(tape)

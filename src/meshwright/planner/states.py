@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from meshwright.config.tree import Job
 from meshwright.planner.buckets import buckets_of
 from meshwright.schemes import hierarchical
-from meshwright.schemes.fsdp import FullyShardedUnits, Unit, Units, own_numel, padded_numel
-from meshwright.schemes.hierarchical import TierGroups, tier_groups
+from meshwright.schemes.fsdp import FullyShardedUnits, Unit, own_numel, padded_numel
+from meshwright.schemes.hierarchical import HierarchicalSums, TierGroups, tier_groups
 from meshwright.schemes.params import ParamSpec
-from meshwright.schemes.replicate import PARTIAL_SITE, Bucket, Strategy, synchronise
-from meshwright.schemes.shard import gather_parameters, pieces, scatter_gradients
+from meshwright.schemes.replicate import PARTIAL_SITE, Bucket, Strategy, is_overlapped, sum_partial, synchronise
+from meshwright.schemes.sending import BucketUnits, OneCollective, Sending, Sums, needed_by
+from meshwright.schemes.shard import gather_parameters, pieces, scatter_gradients, sum_parts
 from meshwright.schemes.tape import DTYPE_NAMES, FLOAT32, ITEMSIZES, Group, Tape
+from meshwright.schemes.units import Units
 
 
 class States(Protocol):
@@ -34,7 +37,7 @@ class States(Protocol):
         """What is there before the step."""
 
     def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
-        """How often a micro-batch does what to its units."""
+        """How often a micro-batch does what to its units; the first is one of its own."""
         ...
 
     def begin(self, tape: Tape) -> None:
@@ -57,9 +60,37 @@ def states_of(job: Job, specs: Sequence[ParamSpec], rank: int) -> States:
     if not layout.state_axes:
         gradient_group = Group(layout.gradient_axis or "replicate", layout.gradient_group_size)
         tiers = tier_groups(layout, job.cluster.devices_per_host)
-        return Replicated(parts, gradient_group, layout.gradients, tiers)
+        sums_on = partial(_sums, gradient_group, tiers)
+        sending = _sending(job, parts, specs, sums_on)
+        return Replicated(parts, gradient_group, layout.gradients, tiers, sending)
     names = tuple(spec.name for spec in specs)
-    return Sharded(parts, names, group, Group("replicate", layout.replicate), layout.state_coordinate(rank))
+    sending = _sending(job, parts, specs, lambda tape: OneCollective(tape, "reduce_scatter", group))
+    replicas = Group("replicate", layout.replicate)
+    return Sharded(parts, names, group, replicas, layout.state_coordinate(rank), sending)
+
+
+def _sums(group: Group, tiers: TierGroups | None, tape: Tape) -> Sums:
+    return OneCollective(tape, "all_reduce", group) if tiers is None else HierarchicalSums(tape, tiers)
+
+
+def _sending(
+    job: Job, parts: Sequence[Bucket], specs: Sequence[ParamSpec], sums_on: Callable[[Tape], Sums]
+) -> Sending | None:
+    """None where gradients are summed after backward, or not at all."""
+    if not is_overlapped(job.layout.gradients) or job.layout.gradient_group_size == 1:
+        return None
+    return Sending(parts, specs, sums_on, ("head", "loss") if job.model.tied else ())
+
+
+def _micro_batches(count: int, first: Units, last: Units, only: Units) -> Iterator[tuple[int, Units]]:
+    """Of a step whose parameters are there."""
+    if count == 1:
+        yield 1, only
+        return
+    yield 1, first
+    if count > 2:
+        yield count - 2, Units()
+    yield 1, last
 
 
 @dataclass(frozen=True)
@@ -69,8 +100,10 @@ class Replicated:
     parts: Sequence[Bucket]
     gradient_group: Group
     strategy: Strategy
-    tiers: TierGroups | None = None
+    tiers: TierGroups | None
     """Where gradients are summed by tiers."""
+    sending: Sending | None
+    """Where they are sent under backward."""
 
     @property
     def group(self) -> Group:
@@ -90,8 +123,9 @@ class Replicated:
         tape.alloc(2 * nbytes + FLOAT32 * sum(len(bucket.members) for bucket in self.parts), "optimiser_states")
 
     def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
-        """Parameters are there."""
-        yield count, Units()
+        """Gradients are sent in the last one."""
+        last = BucketUnits(self.sending)
+        yield from _micro_batches(count, Units(), last, last)
 
     def begin(self, tape: Tape) -> None:
         """Zeroes them."""
@@ -99,7 +133,10 @@ class Replicated:
 
     def finish(self, tape: Tape) -> None:
         """All-reduces, at once or by tiers."""
-        if self.tiers is None:
+        if self.sending is not None:
+            self.sending.finish()
+            sum_partial(tape, self.parts, whole=True)
+        elif self.tiers is None:
             synchronise(tape, self.parts, self.gradient_group)
         else:
             hierarchical.synchronise(tape, self.parts, self.strategy, self.tiers)
@@ -118,6 +155,8 @@ class Sharded:
     group: Group
     replicas: Group
     coordinate: int
+    sending: Sending | None
+    """Where gradients are sent under backward."""
 
     @property
     def owned_numel(self) -> int:
@@ -133,8 +172,10 @@ class Sharded:
         tape.alloc((2 * self.owned_numel + num_pieces) * FLOAT32, "optimiser_states")
 
     def micro_batches(self, count: int) -> Iterator[tuple[int, Units]]:
-        """Parameters are there."""
-        yield count, Units()
+        """The parameters of the step before arrive in the first one, gradients are sent in the last."""
+        arriving = needed_by(self.parts, self.names)
+        first, last, only = BucketUnits(None, arriving), BucketUnits(self.sending), BucketUnits(self.sending, arriving)
+        yield from _micro_batches(count, first, last, only)
 
     def begin(self, tape: Tape) -> None:
         """Zeroes all gradients."""
@@ -142,7 +183,11 @@ class Sharded:
 
     def finish(self, tape: Tape) -> None:
         """Reduce-scatters."""
-        scatter_gradients(tape, self.parts, self.group, self.replicas)
+        if self.sending is None:
+            scatter_gradients(tape, self.parts, self.group, self.replicas)
+        else:
+            self.sending.finish()
+            sum_parts(tape, self.parts, self.replicas)
 
     def publish(self, tape: Tape) -> None:
         """All-gathers the parameters."""
@@ -201,6 +246,7 @@ class FullySharded:
             r=ITEMSIZES[training.reduce_precision],
             is_first=is_first,
             is_last=is_last,
+            is_async=training.device == "cuda",
         )
 
     def begin(self, tape: Tape) -> None:

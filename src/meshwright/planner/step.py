@@ -60,7 +60,7 @@ def step_trace(job: Job, rank: int = 0) -> Trace:
     states.persist(tape)
     with tape.at("step", "forward"):
         _batch(tape, job.model, sizes, training.accumulation)
-        tape.wait(tape.all_reduce(group, "int64", INT64))
+        counting = tape.all_reduce(group, "int64", INT64)
         tape.alloc(INT64 + FLOAT64, "communication_buffers" if group.size > 1 else "temporaries")  # count and loss sum
         tape.alloc(FLOAT64)  # the inverse of the count
     with tape.at("step", "backward"):
@@ -69,6 +69,9 @@ def step_trace(job: Job, rank: int = 0) -> Trace:
         decoder = Decoder(job.model, sizes, units)
         with tape.repeat(times):
             decoder.forward(tape)
+            with tape.at("step", "forward"):
+                tape.wait(counting)  # backward of the first needs it, forward does not
+            counting = 0
             decoder.backward(tape)
             with tape.at("loss", "backward"):
                 tape.free(FLOAT64, "logits")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from meshwright.config.tree import Model
 from meshwright.schemes.context import SAVED, ContextAttention
-from meshwright.schemes.fsdp import Units
 from meshwright.schemes.local import Activation, Norm, Rope
 from meshwright.schemes.loss import ChunkedCrossEntropy, CrossEntropy
 from meshwright.schemes.recompute import RerunBlock
 from meshwright.schemes.tape import FLOAT32, Sizes, Tape
 from meshwright.schemes.tensor import ColumnLinear, Embedding, RowLinear
+from meshwright.schemes.units import Run, Units
 
 
 @dataclass(frozen=True)
@@ -133,21 +133,21 @@ class Decoder:
         m, s, units = self.model, self.sizes, self.units
         units.enter_model(tape)
         learned = m.positions == "learned"
+        units.enter_module(tape, "embedding")
         with tape.at("embedding", "forward"):
             Embedding(s).forward(tape, s.wire_category if learned else SAVED)
         if learned:
+            units.enter_module(tape, "positions")
             with tape.at("positions", "forward"):
                 self._add_positions(tape)
         else:
             with tape.at("", "forward"):
                 tape.save(self.rotary_bytes)
-        for run in units.forward_runs(m.layers):
-            with tape.repeat(run.times, first=run.first), tape.at(phase="forward"):
-                units.enter_layer(tape, run)
-                self._block.forward(tape, "layers.*")
-                units.leave_layer(tape)
+        units.forward_layers(tape, m.layers, lambda run: self._layer_forward(tape, run))
+        units.enter_module(tape, "norm")
         with tape.at("norm", "forward"):
             self._norm.forward(tape, "temporaries" if s.loss_chunk else SAVED)
+        units.enter_module(tape, "head")
         if s.loss_chunk:
             with tape.at("loss", "forward"):
                 ChunkedCrossEntropy(s).forward(tape)
@@ -175,12 +175,7 @@ class Decoder:
         with tape.at("norm", "backward"):
             dh_category = ChunkedCrossEntropy(s).dh_category if s.loss_chunk else s.wire_category
             self._norm.backward(tape, dh_category=dh_category, residual=False)
-        for run in units.backward_runs(m.layers):
-            tables = self.rotary_bytes if run.first == 0 and m.positions == "rope" else 0
-            with tape.repeat(run.times, first=run.first, step=-1), tape.at(phase="backward"):
-                units.reenter_layer(tape, run)
-                self._block.backward(tape, "layers.*", rotary_bytes=tables)
-                units.reduce_layer(tape, run)
+        units.backward_layers(tape, m.layers, lambda run: self._layer_backward(tape, run))
         if m.positions == "learned":
             with tape.at("positions", "backward"):
                 table, rows = s.seq_len * s.E * FLOAT32, s.M // s.B * s.E * FLOAT32
@@ -194,6 +189,19 @@ class Decoder:
         with tape.at("embedding", "backward"):
             Embedding(s).backward(tape, tied=m.tied)
         units.reduce_model(tape)
+
+    def _layer_forward(self, tape: Tape, run: Run) -> None:
+        with tape.at(phase="forward"):
+            self.units.enter_layer(tape, run)
+            self._block.forward(tape, "layers.*")
+            self.units.leave_layer(tape)
+
+    def _layer_backward(self, tape: Tape, run: Run) -> None:
+        tables = self.rotary_bytes if run.first == 0 and self.model.positions == "rope" else 0
+        with tape.at(phase="backward"):
+            self.units.reenter_layer(tape, run)
+            self._block.backward(tape, "layers.*", rotary_bytes=tables)
+            self.units.reduce_layer(tape, run)
 
     @property
     def rotary_bytes(self) -> int:

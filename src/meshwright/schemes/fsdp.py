@@ -16,6 +16,12 @@ dtype and r in the reduce dtype:
 of the one before, because the host runs ahead; the wire's buffer is freed when the next unit is there. Backward: as a
 unit begins, the next one is put on the wire. Above 1, that many units are on the wire ahead of the one that computes,
 in both directions.
+
+On a CPU fully_shard waits for each collective at once. On a GPU a gather is waited for where its unit begins, and a
+reduction where the next one does: what is put on the wire runs under the compute in between. There the gather of the
+next unit of forward enters the trace as a unit begins, as early as the host, which runs ahead, may put it on the wire
+(the buffer of the gather before must have been copied out of), and the sum over the replicas where the reduction
+before it is known to be done.
 """
 
 from __future__ import annotations
@@ -24,62 +30,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from meshwright.account import Repeat
 from meshwright.schemes.params import ParamSpec
 from meshwright.schemes.tape import FLOAT32, Group, Tape
+from meshwright.schemes.units import Run, Units
 
 ROOT = "root"
 """Site of the root unit's collectives."""
-
-
-class Run(NamedTuple):
-    """Consecutive layers that do the same, in the order in which they run."""
-
-    first: int
-    times: int
-    is_first: bool = False
-    """Whether it is the first layer of this direction."""
-    puts_ahead: bool = False
-    """Whether it puts the layer `prefetch` further on the wire."""
-
-
-class Units:
-    """Nothing is gathered: all parameters are there. What a model calls at the borders of its units."""
-
-    def forward_runs(self, layers: int) -> Iterator[Run]:
-        """The layers in order."""
-        yield Run(0, layers, is_first=True)
-
-    def backward_runs(self, layers: int) -> Iterator[Run]:
-        """The layers from the last to the first, which is a run of its own."""
-        if layers > 1:
-            yield Run(layers - 1, layers - 1, is_first=True)
-        yield Run(0, 1, is_first=layers == 1)
-
-    def enter_model(self, tape: Tape) -> None:
-        """Before the root's forward."""
-
-    def leave_model(self, tape: Tape) -> None:
-        """After it."""
-
-    def enter_layer(self, tape: Tape, run: Run) -> None:
-        """Before a layer's forward; the site's `*` is the layer."""
-
-    def leave_layer(self, tape: Tape) -> None:
-        """After it."""
-
-    def reenter_model(self, tape: Tape) -> None:
-        """Before the root's backward."""
-
-    def reenter_layer(self, tape: Tape, run: Run) -> None:
-        """Before a layer's backward."""
-
-    def reduce_layer(self, tape: Tape, run: Run) -> None:
-        """After it."""
-
-    def reduce_model(self, tape: Tape) -> None:
-        """After the last backward."""
+_GATHERS, _REDUCTIONS, _REPLICA_SUMS = "gathers", "reductions", "sums over replicas"
+"""Queues of collectives that are waited for in the order of their issue."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +88,11 @@ class FullyShardedUnits(Units):
     is_first: bool
     """Of the step's micro-batches."""
     is_last: bool
+    is_async: bool = False
+    """Whether collectives run beside compute: on a GPU."""
 
     def forward_runs(self, layers: int) -> Iterator[Run]:
-        ahead = self.prefetch if self.prefetch > 1 else layers
+        ahead = self.prefetch if self.prefetch > 1 or self.is_async else layers
         return _runs(range(layers), lambda index: index + ahead < layers)
 
     def backward_runs(self, layers: int) -> Iterator[Run]:
@@ -139,9 +101,13 @@ class FullyShardedUnits(Units):
     def enter_model(self, tape: Tape) -> None:
         with tape.at(ROOT, "forward"):
             self.gather(tape, self.root)
+            self._arrived(tape, self.root)
             tape.alloc(self.root.numel * self.p, "gathered_parameters")
         if self.prefetch > 1:
             self._gather_layers(tape, "forward", first=0, step=1)
+        elif self.is_async:
+            with tape.at("layers.0", "forward"):
+                self._put_on_the_wire(tape, self.layer)
 
     def leave_model(self, tape: Tape) -> None:
         with tape.at(ROOT, "forward"):
@@ -151,12 +117,16 @@ class FullyShardedUnits(Units):
         before = self.root if run.is_first else self.layer
         with tape.at("layers.*"):
             if self.prefetch == 1:
-                self.gather(tape, self.layer)
+                self.gather(tape, self.layer, is_on_the_wire=self.is_async)
+            self._arrived(tape, self.layer)
             tape.alloc(self.layer.numel * self.p, "gathered_parameters")
             tape.free(before.numel * self.p, "communication_buffers")
         if run.puts_ahead:
             with tape.at(f"layers.*+{self.prefetch}"):
-                self.gather(tape, self.layer)
+                if self.prefetch > 1:
+                    self.gather(tape, self.layer)
+                else:
+                    self._put_on_the_wire(tape, self.layer)
 
     def leave_layer(self, tape: Tape) -> None:
         if self.reshards:
@@ -173,6 +143,7 @@ class FullyShardedUnits(Units):
         if not self.reshards:
             return
         with tape.at("layers.*"):
+            self._arrived(tape, self.layer)
             tape.alloc(self.layer.numel * self.p, "gathered_parameters")
             tape.free(self.layer.numel * self.p, "communication_buffers")
         if run.puts_ahead:
@@ -184,27 +155,48 @@ class FullyShardedUnits(Units):
             tape.free(self.layer.numel * self.p, "gathered_parameters")
             if not run.is_first:
                 tape.free(self.layer.numel * self.r)  # what the reduction before has sent
+                self._reduced(tape, self.layer, "layers.*+1")
             self._reduce(tape, self.layer)
 
     def reduce_model(self, tape: Tape) -> None:
         with tape.at(ROOT, "backward"):
             tape.free(self.root.numel * self.p, "gathered_parameters")
             tape.free(self.layer.numel * self.r)
+            self._reduced(tape, self.layer, "layers.0")
             self._reduce(tape, self.root)
+            self._reduced(tape, self.root, ROOT)
+            if self.is_async and self.is_last and self.replicas.size > 1:
+                units = self.num_layers * bool(self.layer.numel) + bool(self.root.numel)
+                with tape.apart() as waits:
+                    tape.wait(tape.queue(_REPLICA_SUMS))
+                tape.put(Repeat(units, tuple(waits)))
             tape.free(self.root.numel * self.r)
 
     def _gather_layers(self, tape: Tape, phase: str, first: int, step: int) -> None:
         with tape.repeat(min(self.prefetch, self.num_layers), first=first, step=step), tape.at("layers.*", phase):
             self.gather(tape, self.layer)
 
-    def gather(self, tape: Tape, unit: Unit) -> None:
+    def gather(self, tape: Tape, unit: Unit, *, is_on_the_wire: bool = False) -> None:
         """All-gather; where the dtype differs from the masters', of a cast copy of this rank's part."""
         if not unit.numel:
             return
         with tape.holding(unit.numel // self.group.size * self.p if self.p != FLOAT32 else 0):
             tape.alloc(unit.numel * self.p, "communication_buffers")
-            tape.issue("all_gather", self.group, self.dtype, unit.numel * self.p)
+            if not is_on_the_wire:
+                self._put_on_the_wire(tape, unit)
         tape.elementwise(4 * unit.numel * self.p)
+
+    def _put_on_the_wire(self, tape: Tape, unit: Unit) -> None:
+        """The gather itself, waited for at once where nothing runs beside it."""
+        if unit.numel:
+            tape.issue("all_gather", self.group, self.dtype, unit.numel * self.p, tape.queue(_GATHERS))
+            if not self.is_async:
+                tape.wait(tape.queue(_GATHERS))
+
+    def _arrived(self, tape: Tape, unit: Unit) -> None:
+        """The unit is needed."""
+        if self.is_async and unit.numel:
+            tape.wait(tape.queue(_GATHERS))
 
     def _reduce(self, tape: Tape, unit: Unit) -> None:
         """From the unsharded gradients to the sharded ones; what is sent stays until the next reduction."""
@@ -219,9 +211,11 @@ class FullyShardedUnits(Units):
         category = "gradients" if self._adopts else "communication_buffers"
         casts = self.r != FLOAT32
         tape.alloc(own * self.r, "communication_buffers" if casts else category)
-        tape.issue("reduce_scatter", self.group, self.reduce_dtype, unit.numel * self.r)
-        if self.is_last:
-            tape.all_reduce(self.replicas, self.reduce_dtype, own * self.r)
+        tape.issue("reduce_scatter", self.group, self.reduce_dtype, unit.numel * self.r, tape.queue(_REDUCTIONS))
+        if not self.is_async:
+            tape.wait(tape.queue(_REDUCTIONS))
+            if self.is_last:
+                tape.wait(tape.all_reduce(self.replicas, self.reduce_dtype, own * self.r))
         if casts:
             tape.alloc(gradients, "gradients" if self._adopts else "temporaries")
             tape.free(own * self.r, "communication_buffers")
@@ -232,6 +226,15 @@ class FullyShardedUnits(Units):
                 tape.free(gradients, "temporaries" if casts else category)
         tape.elementwise(2 * unit.numel * (self.p + self.r))
         tape.free(held, unit.last_category)
+
+    def _reduced(self, tape: Tape, unit: Unit, site: str) -> None:
+        """The reduction before must be done; in the last micro-batch its sum over the replicas follows."""
+        if self.is_async and unit.numel:
+            tape.wait(tape.queue(_REDUCTIONS))
+            if self.is_last:
+                own = unit.numel // self.group.size * self.r
+                with tape.at(site):
+                    tape.issue("all_reduce", self.replicas, self.reduce_dtype, own, tape.queue(_REPLICA_SUMS))
 
     @property
     def _adopts(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from meshwright.config.tree import Layout, Model
@@ -65,7 +66,7 @@ class ParamSpec:
         shape[self.split.dim] = -(-shape[self.split.dim] // self.split.parts)
         return tuple(shape)
 
-    @property
+    @cached_property
     def local_numel(self) -> int:
         """Elements on one rank, padding included."""
         return math.prod(self.local_shape)

@@ -43,11 +43,22 @@ def pieces(bucket: Bucket, coordinate: int) -> Iterator[Piece]:
 
 
 def scatter_gradients(tape: Tape, parts: Sequence[Bucket], states: Group, replicas: Group) -> None:
-    """Leave the sums of each bucket's own part on its owner."""
+    """Leave the sums of each bucket's own part on its owner, when backward is over."""
     for bucket in parts:
         with tape.at(bucket.site, "backward"):
             tape.wait(tape.issue("reduce_scatter", states, "float32", bucket.numel * FLOAT32))
-            tape.wait(tape.all_reduce(replicas, "float32", bucket.shard_numel * FLOAT32))
+    sum_parts(tape, parts, replicas)
+
+
+def sum_parts(tape: Tape, parts: Sequence[Bucket], replicas: Group) -> None:
+    """Sum each bucket's own part over the replicas, all at once, then what is partial."""
+    tickets = []
+    for bucket in parts:
+        with tape.at(bucket.site, "backward"):
+            tickets.append(tape.all_reduce(replicas, "float32", bucket.shard_numel * FLOAT32))
+    for bucket, ticket in zip(parts, tickets, strict=True):
+        with tape.at(bucket.site, "backward"):
+            tape.wait(ticket)
     sum_partial(tape, parts)
 
 
@@ -61,4 +72,10 @@ def gather_parameters(tape: Tape, parts: Sequence[Bucket], names: Iterable[str],
     """Give every rank the stepped parameters; they arrive under the next forward. `names` as of `in_order_of_need`."""
     for bucket in in_order_of_need(parts, names):
         with tape.at(bucket.site, "optimiser"):
-            tape.issue("all_gather", states, "float32", bucket.numel * FLOAT32)
+            queue = tape.queue(parameters_queue(bucket))
+            tape.issue("all_gather", states, "float32", bucket.numel * FLOAT32, queue)
+
+
+def parameters_queue(bucket: Bucket) -> str:
+    """The queue of a bucket's gathers: a step waits for that of the step before."""
+    return f"parameters of {bucket.site}"

@@ -20,12 +20,13 @@ from dataclasses import dataclass, replace
 from meshwright.account import Ledger, LedgerKey, Memory, Trace, wire_bytes
 from meshwright.config.tree import Cluster, Layout
 from meshwright.schemes.decoder import Block
-from meshwright.schemes.fsdp import FullyShardedUnits, Run, Unit, Units
+from meshwright.schemes.fsdp import FullyShardedUnits, Unit
 from meshwright.schemes.params import ParamSpec, param_specs
 from meshwright.schemes.question import Question, hybrid
 from meshwright.schemes.replicate import Strategy, buckets, synchronise
 from meshwright.schemes.shard import gather_parameters, scatter_gradients
 from meshwright.schemes.tape import DTYPE_NAMES, ITEMSIZES, Group, Sizes, Tape
+from meshwright.schemes.units import Run, Units
 
 ITEMSIZES_BY_DTYPE = {DTYPE_NAMES[precision]: itemsize for precision, itemsize in ITEMSIZES.items()}
 BUCKET_BYTES = 25 * 2**20

@@ -6,7 +6,7 @@ from `Sizes`. Nothing is executed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -197,6 +197,9 @@ class Tape:
         self.keeps = True
         """Whether autograd keeps what is saved."""
         self._held: list[dict[str, int]] = []
+        self._queues: dict[str, int] = {}
+        self.on_gradient: Callable[[str, int], None] | None = None
+        """Told of every gradient of a parameter that autograd has added to where it lives: its site and bytes."""
 
     def trace(self) -> Trace:
         """What was written."""
@@ -213,10 +216,21 @@ class Tape:
     @contextmanager
     def repeat(self, times: int, *, first: int = 0, step: int = 1) -> Iterator[None]:
         """What is written inside happens `times` times; `*` in its sites counts from `first` by `step`."""
+        with self.apart() as events:
+            yield
+        self.put(Repeat(times, tuple(events), first, step))
+
+    @contextmanager
+    def apart(self) -> Iterator[list[Event]]:
+        """What is written inside goes to a list of its own, for the caller to `put` where it belongs."""
         outer, self._events = self._events, []
-        yield
-        outer.append(Repeat(times, tuple(self._events), first, step))
+        yield self._events
         self._events = outer
+
+    def put(self, repeat: Repeat) -> None:
+        """Events that were written `apart`; of none or no times, nothing."""
+        if repeat.times and repeat.events:
+            self._events.append(repeat)
 
     @contextmanager
     def keeping_nothing(self) -> Iterator[None]:
@@ -259,6 +273,8 @@ class Tape:
             self._held[-1][category] = self._held[-1].get(category, 0) + nbytes
         else:
             self.free(nbytes, category)
+        if self.on_gradient is not None:
+            self.on_gradient(self._site, nbytes)
 
     def hold_gradients(self) -> None:
         """From now on gradients of parameters stay as they were made, until they are taken. Calls nest."""
@@ -296,14 +312,27 @@ class Tape:
         """Sum in place over a group. Returns the ticket to `wait` for."""
         return self.issue("all_reduce", group, dtype, payload_bytes)
 
-    def issue(self, operation: str, group: Group, dtype: str, payload_bytes: int) -> int:
-        """Put any collective on the wire. Returns the ticket to `wait` for."""
+    def issue(self, operation: str, group: Group, dtype: str, payload_bytes: int, ticket: int = 0) -> int:
+        """Put any collective on the wire. Returns the ticket to `wait` for: a new one, or that of a `queue`."""
         if group.size == 1:
             return 0
-        self._ticket += 1
+        ticket = ticket or self._new_ticket()
         self._events.append(
-            Issue(operation, group.axis, group.size, dtype, payload_bytes, self._phase, self._site, self._ticket)
+            Issue(operation, group.axis, group.size, dtype, payload_bytes, self._phase, self._site, ticket)
         )
+        return ticket
+
+    def queue(self, name: str) -> int:
+        """The ticket of a queue: its first `wait` is for the first that was issued under it, and so on.
+
+        So one iteration of a loop may wait for what another one has issued, and a step for what the last one has.
+        """
+        if name not in self._queues:
+            self._queues[name] = self._new_ticket()
+        return self._queues[name]
+
+    def _new_ticket(self) -> int:
+        self._ticket += 1
         return self._ticket
 
     def wait(self, ticket: int) -> None:
