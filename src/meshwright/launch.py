@@ -27,6 +27,7 @@ from meshwright.planner.step import formula
 from meshwright.training.data import Text
 from meshwright.training.device import resolve_device
 from meshwright.training.run_folder import RunFolder
+from meshwright.training.trial import reason_against, skipped_line
 from meshwright.units import format_bytes, format_seconds
 
 SHUTDOWN_SECONDS = 5
@@ -57,19 +58,37 @@ def checked(job: Job, processes: int | None = None, *, local_ranks: int | None =
 
 
 def prepare(job: Job, runs: Path) -> RunFolder:
-    """Open the data, claim a run folder, and write what is predicted. Needs a process without a process group."""
-    from meshwright.rehearsal.rehearse import rehearse_job  # imports torch: seconds
+    """Open the data, claim a run folder, and write what is predicted. Needs a process without a process group.
 
+    Where ranks will try what was cut against nothing cut, the same is predicted of that: once ranks have joined, nobody
+    can rehearse any more.
+    """
     text = Text.open(job)
     decision = decide(job)
     job = decision.chosen.job
     folder = RunFolder.create(runs, job)
-    plan = replace(estimate(formula(job), job), overlap=decision.to_json())
+    lines, overlap = [summary(decision)], decision.to_json()
+    if job.layout != decision.unsplit.job.layout:
+        if reason := reason_against(job.training):
+            lines.append(skipped_line(reason))
+            overlap["trial"] = {"skipped": reason}
+        else:
+            folder.fallback.write_job(decision.unsplit.job)
+            _predict(decision.unsplit.job, replace(decision, chosen=decision.unsplit).to_json(), folder.fallback)
+    plan, rehearsal = _predict(job, overlap, folder)
+    print(_summary(job, text, folder, plan, rehearsal), *lines, sep="\n", flush=True)
+    return folder
+
+
+def _predict(job: Job, overlap: dict[str, Any], folder: RunFolder) -> tuple[StepAccount, StepAccount]:
+    """Write plan and rehearsal of a resolved job."""
+    from meshwright.rehearsal.rehearse import rehearse_job  # imports torch: seconds
+
+    plan = replace(estimate(formula(job), job), overlap=overlap)
     folder.write_account("plan", plan)
     rehearsal = rehearse_job(job)
     folder.write_account("rehearsal", rehearsal)
-    print(_summary(job, text, folder, plan, rehearsal), summary(decision), sep="\n", flush=True)
-    return folder
+    return plan, rehearsal
 
 
 def _summary(job: Job, text: Text, folder: RunFolder, plan: StepAccount, rehearsal: StepAccount) -> str:
@@ -94,8 +113,10 @@ def _run_ranks(job: Job, folder: RunFolder) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from meshwright.comm.torch_private import ending_ranks_within
+
     _silence("torch.distributed.elastic")
-    with tempfile.TemporaryDirectory(prefix="meshwright-") as logs:
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as logs, ending_ranks_within(SHUTDOWN_SECONDS):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

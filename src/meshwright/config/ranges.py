@@ -41,7 +41,7 @@ _DECODER = {
 }
 _TRAINING = {
     **dict.fromkeys(("batch", "seq_len", "accumulation", "steps", "heldout_sequences"), SIZE),
-    **dict.fromkeys(("warmup_steps", "heldout_every", "loss_chunk"), COUNT),
+    **dict.fromkeys(("warmup_steps", "heldout_every", "loss_chunk", "trial_steps"), COUNT),
     **dict.fromkeys(("weight_decay", "clip_norm"), AT_LEAST_ZERO),
     "seed": SEED,
     "learning_rate": ABOVE_ZERO,

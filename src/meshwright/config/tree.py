@@ -315,6 +315,8 @@ class Training:
     """Compile the norms with torch.compile; what communicates stays eager, so the ledger is the same."""
     timeout_seconds: float = 600.0
     """A collective that waits longer ends the run."""
+    trial_steps: int = 4
+    """Pairs of steps by which a trial before the run compares what overlap = auto cut with nothing cut; 0 runs none."""
 
 
 @dataclass(frozen=True)

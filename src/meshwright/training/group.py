@@ -63,6 +63,16 @@ def from_rank_0(value: Any, world: World) -> Any:
     return box[0]
 
 
+def from_all(value: Any, world: World) -> list[Any]:
+    """Every rank's value on every rank, in rank order: a control collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    with scope(phase="control"):
+        dist.all_gather_object(values, value)
+    return values
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exception says that a collective failed, rather than that this rank has a bug."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,4 +1,4 @@
-"""One rank's program: join the others, build the model, take the steps, audit the second, evaluate on held-out text.
+"""One rank's program: join the others, try what was cut, build the model, take the steps, audit the second, evaluate.
 
 Rank 0 reports (`training.progress`); what it does besides is seen by no collective, so all ranks take the same steps.
 """
@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from meshwright.comm.exposed import WaitClock
 from meshwright.comm.mesh import World
-from meshwright.config.tree import Job
+from meshwright.config.tree import Job, Layout
 from meshwright.errors import UserError
 from meshwright.model.decoder import Norm
 from meshwright.parallel.loss import IGNORE
+from meshwright.training import trial
 from meshwright.training.data import Text
 from meshwright.training.group import from_rank_0, joined
 from meshwright.training.process import Place, leave_if_asked
 from meshwright.training.progress import Outcome, Report
 from meshwright.training.run_folder import RunFolder
-from meshwright.training.schedule import learning_rate
+from meshwright.training.schedule import set_learning_rate
 from meshwright.training.step import State, audited_step, step
 
 AUDITED_STEP = 1
@@ -32,10 +35,11 @@ def run(job: Job, place: Place, folder: RunFolder | None) -> None:
     """Train a checked job to its end on this rank. Collective. Rank 0 brings the folder, the others learn it."""
     text = Text.open(job, place.rank)  # before joining: who cannot read it says so while nobody waits in a collective
     with joined(job, place) as world:
-        folder = _same_for_all(folder, text, world)
-        state = State.create(job, world)
-        if job.training.compile:
-            _compile(state)
+        folder, layout, fallback = _same_for_all(folder, text, world)
+        job = replace(job, layout=layout)
+        if fallback is not None:
+            job = trial.settled(job, fallback, folder, text, world, lambda one: _create(one, world))
+        state = _create(job, world)
         report = Report(job, folder, world.device) if world.rank == 0 else None
         with report or nullcontext():
             for index in range(job.training.steps):
@@ -48,34 +52,49 @@ def run(job: Job, place: Place, folder: RunFolder | None) -> None:
             report.close()
 
 
-def _compile(state: State) -> None:
-    """Compile the norms; everything that communicates stays eager, so the ledger is the same.
+def _create(job: Job, world: World) -> State:
+    """The initial state. Collective.
 
-    Under a recorder torch runs eagerly what was compiled: the audited step is the eager one.
+    Norms may be compiled; everything that communicates stays eager, so the ledger is the same. Under a recorder torch
+    runs eagerly what was compiled: the audited step is the eager one.
     """
-    for module in state.model.modules():
-        if isinstance(module, Norm):
-            module.compile()
+    state = State.create(job, world)
+    if job.training.compile:
+        for module in state.model.modules():
+            if isinstance(module, Norm):
+                module.compile()
+    return state
 
 
-def _same_for_all(folder: RunFolder | None, text: Text, world: World) -> RunFolder:
-    """Rank 0's folder, on every rank, once all read the same text: else each would train on a batch of its own."""
-    folder, fingerprint = from_rank_0((folder, text.corpus.fingerprint), world)
-    assert folder is not None
+class _Prepared(NamedTuple):
+    """What rank 0 found prepared."""
+
+    folder: RunFolder
+    layout: Layout
+    fallback: Layout | None
+
+
+def _same_for_all(folder: RunFolder | None, text: Text, world: World) -> _Prepared:
+    """Rank 0's folder, and the layouts in it, on every rank, once all read the same text: else each would train on a
+    batch of its own."""
+    prepared = None
+    if world.rank == 0:
+        assert folder is not None
+        prepared = _Prepared(folder, folder.layout(), folder.fallback.layout() if folder.fallback.exists() else None)
+    prepared, fingerprint = from_rank_0((prepared, text.corpus.fingerprint), world)
+    assert prepared is not None
     if fingerprint != text.corpus.fingerprint:
         raise UserError(
             f"training.data = {text.corpus.name} on rank {world.rank} is other text than on rank 0, of "
             f"{text.corpus.num_bytes} bytes (all ranks must read the same): give every host the same files"
         )
-    return folder
+    return prepared
 
 
 def _timed_step(index: int, state: State, text: Text, world: World, report: Report | None) -> Outcome:
     """One step from reading its data to knowing its loss; then, outside the clock, the evaluation that may be due."""
     training = state.job.training
-    rate = learning_rate(training, index)
-    for group in state.optimiser.param_groups:
-        group["lr"] = rate
+    rate = set_learning_rate(state.optimiser, training, index)
     account = None
     began = time.perf_counter()
     batch = text.batch(index, world.device)

@@ -68,9 +68,9 @@ class Report:
         self._bar.stop()
 
     def audited(self, account: StepAccount) -> None:
-        """Take the account of the audited step; what its device needs for MFU is known from here on."""
-        self.run = account
-        self.folder.write_account("run", account)
+        """Take the account of the audited step. Of the overlap it says what the plan does: choice, prices and trial."""
+        self.run = replace(account, overlap=self.folder.read_account("plan")["overlap"])
+        self.folder.write_account("run", self.run)
 
     def step(self, outcome: Outcome) -> None:
         """Write and show one step."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from meshwright.config.tree import Training
 
 
@@ -20,3 +22,11 @@ def learning_rate(training: Training, step: int) -> float:
         return peak * (step + 1) / warmup
     progress = min((step + 1 - warmup) / max(training.steps - warmup, 1), 1.0)
     return peak * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, training: Training, step: int) -> float:
+    """Give an optimiser the learning rate of `step`; returns it."""
+    rate = learning_rate(training, step)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    return rate
