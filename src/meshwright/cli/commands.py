@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshwright.cli import options
 from meshwright.cli.benches import Measurement
@@ -19,12 +19,17 @@ from meshwright.config.tree import Job
 from meshwright.errors import UserError
 from meshwright.planner.overlap import decide
 
+if TYPE_CHECKING:
+    from meshwright.planner.search import Candidate
+
 
 def plan(given: options.Plan) -> int:
     """Layouts, ranked."""
     from meshwright.planner import search
 
     found = search.plan(_planned(_job(given)), given.devices, given.typed, given.top)
+    if given.trace is not None:
+        _write_trace(found.layouts[0], Path(given.trace))
     if given.json:
         return _print_json(found.to_json())
     from meshwright.cli.show import show_plan
@@ -40,14 +45,14 @@ def rehearse(given: options.Rehearse) -> int:
     _check_rank(given.rank, job)
     folder = Path(given.out) if given.out is not None else None
     if folder is not None:
-        with _writable(folder):
+        with _writable("--out", folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
     from meshwright.planner.estimate import estimate
     from meshwright.rehearsal.rehearse import rehearse_job
 
     account = replace(estimate(rehearse_job(job, given.rank), job), overlap=decision.to_json())
     if folder is not None:
-        with _writable(folder):
+        with _writable("--out", folder, "folder"):
             (folder / "rehearsal.json").write_text(json.dumps(account.to_json(), indent=1), encoding="utf-8")
     if given.json:
         return _print_json(account.to_json())
@@ -175,14 +180,29 @@ def _check_rank(rank: int, job: Job) -> None:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
+def _write_trace(best: Candidate, file: Path) -> None:
+    """The timeline of its step, by formula."""
+    from meshwright.planner.chrome import chrome_trace
+    from meshwright.planner.estimate import estimate
+
+    if best.step_seconds is None:
+        raise UserError(
+            "--trace has nothing to show, as the time of a step is not known: set cluster.device.peak_flops, link "
+            "bandwidths, or another --cluster"
+        )
+    account = estimate(best.account, best.job)
+    with _writable("--trace", file, "file"):
+        file.write_text(json.dumps(chrome_trace({account.source: account.timeline})), encoding="utf-8")
+
+
 def _print_json(value: dict[str, Any]) -> int:
     print(json.dumps(value, allow_nan=False))
     return 0
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def _writable(option: str, path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written ({error.strerror}): name a folder of yours") from None
+        raise UserError(f"{option} {path} cannot be written ({error.strerror}): name a {kind} of yours") from None

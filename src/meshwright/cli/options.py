@@ -45,6 +45,8 @@ class Plan(OfJob):
     """Search all tensor × replicate layouts of so many devices; degrees that are given stay. None: the job's own."""
     top: int | None = None
     """Keep so many layouts, the best ones."""
+    trace: str | None = None
+    """Also write the timeline of the best layout's step to this file, for chrome://tracing or ui.perfetto.dev."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
