@@ -114,6 +114,11 @@ class Recorder(torch_private.TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}
         self._tickets: dict[int, dict[int, int]] = {}
         self._num_issued = 0
+        self._num_operations = 0
+        self._received: tuple[int, int, int] | None = None
+        """The last message that was posted to arrive: after how many operations, and where."""
+        self._paired = 0
+        """Ticket of the last one that left, and has one that arrives."""
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._modules: list[str] = []
         self._backward_site = ""
@@ -185,6 +190,7 @@ class Recorder(torch_private.TorchDispatchMode):
         if any(hasattr(cls, "__tensor_flatten__") for cls in types):
             return NotImplemented  # a wrapper such as DTensor goes first; its local operations come back here
         outputs = func(*args, **kwargs)
+        self._num_operations += 1
         phase, site = self._where()
         for tensor in operators.tensors(args):
             self._see(tensor, phase, site, known_before=True)
@@ -224,18 +230,26 @@ class Recorder(torch_private.TorchDispatchMode):
             storage = self._see(tensor, phase, site)
             storage.categories.add("communication_buffers")
             self._await(tensor, self._num_issued)
+        if call.operation == "shift" and self._received is not None and self._received[0] == self._num_operations - 1:
+            _, key, offset = self._received
+            self._tickets.setdefault(key, {})[offset] = self._num_issued
+            self._paired = self._num_issued
         group = scope.current().axis or axis_name(call.group), call.group.size()
         row = (call.operation, *group, call.dtype, call.payload_bytes, phase, site)
         self._events.append(Issue(*row, ticket=self._num_issued))
 
     def _receive(self, tensors: Any, phase: str, site: str) -> None:
-        """A message that arrives is a communication buffer; if it was posted right after one that leaves, as a shift
-        posts them, waiting for it is waiting for both."""
+        """A message that arrives is a communication buffer; if it was posted right before one that leaves, as a shift
+        posts them, or right after one that has none yet, waiting for it is waiting for both."""
         last = self._events[-1] if self._events else None
         for tensor in operators.tensors(tensors):
             self._see(tensor, phase, site).categories.add("communication_buffers")
-            if isinstance(last, Issue) and last.operation == "shift":
+            if isinstance(last, Issue) and last.operation == "shift" and last.ticket != self._paired:
                 self._await(tensor, last.ticket)
+                self._paired = last.ticket
+            else:
+                key = torch_private.storage_key(tensor.untyped_storage())
+                self._received = self._num_operations, key, int(tensor.storage_offset())
 
     def _computation(self, func: Any, args: Any, kwargs: dict[str, Any], outputs: Any, phase: str, site: str) -> None:
         name = str(func.overloadpacket)

@@ -179,14 +179,16 @@ class Axis:
     ) -> Pending:
         """Send `tensor` to one rank of the axis and receive its like from another. Payload: the tensor.
 
-        What comes is put `into` a contiguous tensor of the same shape, perhaps a part of a larger one.
+        What comes is put `into` a contiguous tensor of the same shape, perhaps a part of a larger one. The receive is
+        posted first: gloo tells the sender so on the connection that carries what this rank sends, and between two
+        ranks that would wait behind all of it, so that one rank could send only after the other.
         """
         if self.size == 1:
             return Pending(tensor)
         with self._issue("shift", site, phase, (send_to, receive_from)) as call:
             received = torch.empty_like(tensor) if into is None else into
             holders = _holders(received, tensor)
-            pair = (dist.isend, tensor, send_to), (dist.irecv, received, receive_from)
+            pair = (dist.irecv, received, receive_from), (dist.isend, tensor, send_to)
             operations = [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t, peer in pair]
             works = dist.batch_isend_irecv(operations)
         return Pending(received, tuple(works), tensor, holders, call)
