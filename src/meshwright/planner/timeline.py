@@ -274,6 +274,9 @@ class _Step:
 
     def _loop(self, loop: _Loop) -> None:
         """Until what comes is known to be the same again; the last iteration is always run."""
+        if loop.times == 1:
+            self.run(loop.operations, loop.first)
+            return
         seen: dict[object, _Moment] | None = {}
         iteration, fewest, keeps = 0, self._num_pending, self._keeps_spans
         while iteration < loop.times:
@@ -318,7 +321,7 @@ class _Step:
 
 
 def _later(pending: Iterable[_Pending], ticks: int) -> list[_Pending]:
-    return [one._replace(end=one.end + ticks) for one in pending]
+    return [_Pending(end + ticks, axis, phase) for end, axis, phase in pending]
 
 
 def _site(site: str, index: int | None) -> str:

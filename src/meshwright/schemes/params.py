@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from meshwright.config.tree import Layout, Model
@@ -100,10 +100,16 @@ def param_specs(model: Model, layout: Layout, seq_len: int) -> tuple[ParamSpec, 
 
     `seq_len` is the number of rows of a learned position table.
     """
-    T, E, D = layout.tensor, model.d_model, model.head_dim
+    return _param_specs(model, layout.tensor, layout.sequence_parallel, seq_len)
+
+
+@lru_cache(maxsize=64)
+def _param_specs(model: Model, T: int, sequence_parallel: bool, seq_len: int) -> tuple[ParamSpec, ...]:
+    """Kept, as a search prices many layouts that share them."""
+    E, D = model.d_model, model.head_dim
     std, out_std = 0.02, 0.02 / math.sqrt(2 * model.layers)
 
-    by_sequence = ("tensor", T) if T > 1 and layout.sequence_parallel else None
+    by_sequence = ("tensor", T) if T > 1 and sequence_parallel else None
 
     def split(dim: int, parts: int = T) -> Split | None:
         return Split("tensor", T, dim, min(parts, T)) if T > 1 else None

@@ -90,18 +90,16 @@ def buckets(specs: Sequence[ParamSpec], strategy: Strategy, bucket_bytes: int, r
 def _filled(specs: Iterable[ParamSpec], bucket_bytes: int) -> Iterator[tuple[ParamSpec, ...]]:
     """A bucket is closed by the parameter that would make it too large."""
     members: list[ParamSpec] = []
-    limit = min(FIRST_BUCKET_BYTES, bucket_bytes)
+    limit, held = min(FIRST_BUCKET_BYTES, bucket_bytes), 0
     for spec in specs:
-        if members and (_nbytes(members) + spec.local_numel * FLOAT32) > limit:
+        nbytes = spec.local_numel * FLOAT32
+        if members and held + nbytes > limit:
             yield tuple(members)
-            members, limit = [], bucket_bytes
+            members, limit, held = [], bucket_bytes, 0
         members.append(spec)
+        held += nbytes
     if members:
         yield tuple(members)
-
-
-def _nbytes(members: Iterable[ParamSpec]) -> int:
-    return sum(spec.local_numel for spec in members) * FLOAT32
 
 
 def synchronise(tape: Tape, parts: Sequence[Bucket], group: Group) -> None:
