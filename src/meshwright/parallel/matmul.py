@@ -204,8 +204,7 @@ def _row_forward_split(
             torch.mm(x_NF[whole], cast.T, out=own)
 
     for index in range(region.axis.size):
-        ring.compute(index, multiply)
-        ring.combine(index)
+        ring.step(index, multiply)
     return ring.result().view(batch, length, -1)
 
 

@@ -106,8 +106,7 @@ class _ScatterColumns(torch.autograd.Function):
             torch.mm(x[start : start + len(out)], blocks[part].T, out=out)
 
         for index in range(axis.size):
-            ring.compute(index, multiply)
-            ring.combine(index)
+            ring.step(index, multiply)
         return ring.result()
 
     @staticmethod

@@ -72,6 +72,15 @@ class ScatterRing:
         self._arriving: torch.Tensor | None = None
         self._pending: list[Pending] = []
 
+    def step(self, index: int, product: Use) -> None:
+        """Make the partial products of a step and add them; where the sums go on, piece by piece."""
+        if 0 < index < len(self._steps) - 1:
+            self._own = self._empty()
+            self.combine(index, product)
+        else:
+            self.compute(index, product)
+            self.combine(index)
+
     def compute(self, index: int, product: Use) -> None:
         """Make the partial products of a step: `product` fills the rows that it is given."""
         own = self._empty()
@@ -89,8 +98,8 @@ class ScatterRing:
             product(own[hop.start : hop.stop], hop.part, hop.start)
             self._pending.append(_shift(self._axis, hop, own, self._arriving, self._site))
 
-    def combine(self, index: int) -> None:
-        """Add them to the sums that have come, and let those go on."""
+    def combine(self, index: int, product: Use | None = None) -> None:
+        """Add them, made at last by `product` if it is given, to the sums that have come, and let those go on."""
         if not index:
             return
         last = index == len(self._steps) - 1
@@ -99,6 +108,8 @@ class ScatterRing:
         following = None if last else self._empty()
         waiting, self._pending = self._pending, []
         for pending, hop in zip(waiting, self._steps[index], strict=True):
+            if product is not None:
+                product(own[hop.start : hop.stop], hop.part, hop.start)
             pending.wait()
             arrived[hop.start : hop.stop].add_(own[hop.start : hop.stop])
             if following is not None:

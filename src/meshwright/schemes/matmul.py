@@ -182,6 +182,15 @@ class ScatterRing:
         self._wire, self._steps = wire, scatter_steps(0, wire.group.size, wire.rows, wire.pipeline)
         self._tickets: list[int] = []
 
+    def step(self, tape: Tape, index: int, product: Use) -> None:
+        """The partial products of a step, added; where the sums go on, piece by piece."""
+        if 0 < index < len(self._steps) - 1:
+            tape.alloc(self._wire.hop_bytes)
+            self.combine(tape, index, product)
+        else:
+            self.compute(tape, index, product)
+            self.combine(tape, index)
+
     def compute(self, tape: Tape, index: int, product: Use) -> None:
         """The partial products of a step; those of the first leave as soon as they are made."""
         wire = self._wire
@@ -195,8 +204,8 @@ class ScatterRing:
             product(hop)
             self._tickets.append(wire.shift(tape, hop))
 
-    def combine(self, tape: Tape, index: int) -> None:
-        """Add them to the sums that have come, which go on."""
+    def combine(self, tape: Tape, index: int, product: Use | None = None) -> None:
+        """Add them, made at last by `product` if it is given, to the sums that have come, which go on."""
         if not index:
             return
         wire, last = self._wire, index == len(self._steps) - 1
@@ -204,6 +213,8 @@ class ScatterRing:
             tape.alloc(wire.hop_bytes, "communication_buffers")
         arriving, self._tickets = self._tickets, []
         for number, hop in enumerate(self._steps[index]):
+            if product is not None:
+                product(hop)
             tape.wait(arriving[number])
             if number == len(arriving) - 1:
                 tape.free(wire.hop_bytes, "temporaries" if index == 1 else "communication_buffers")

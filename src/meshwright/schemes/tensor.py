@@ -159,8 +159,7 @@ class RowLinear:
             if s.split:
                 ring = ScatterRing(wire_of(s))
                 for index in range(s.T):
-                    ring.compute(tape, index, lambda hop: tape.matmul(hop.rows, self.F, s.E, s.c))
-                    ring.combine(tape, index)
+                    ring.step(tape, index, lambda hop: tape.matmul(hop.rows, self.F, s.E, s.c))
                 return
             Region(s).make(tape)
             summing = _sums(tape, s, lambda rows: tape.matmul(rows, self.F, s.E, s.c))
