@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +57,7 @@ def tried(job: Job, fallback: Layout, folder: RunFolder, seconds: Mapping[int, t
     """The trial, in which rank r's clock counts `seconds[r]` for a step of the layout and of the fallback; the run."""
     world = World.create(job.layout, CPU)
     text = Text.open(job, world.rank)
-    with _patched() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         PlantedClock(*seconds[world.rank], unsplit=fallback).plant(patch)
         return _run(
             trial.settled(job, fallback, folder, text, world, lambda one: State.create(one, world)), text, world
@@ -78,11 +76,6 @@ def agreed(pairs: Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]]) -> 
     return trial.agreed(pairs[world.rank], world)
 
 
-def curve(job: Job) -> list[float]:
-    """The losses of a run without a trial."""
-    return untried(job).losses
-
-
 def _run(job: Job, text: Text, world: World) -> Ran:
     state, losses, ledger = State.create(job, world), [], []
     for index in range(job.training.steps):
@@ -99,12 +92,6 @@ def _run(job: Job, text: Text, world: World) -> Ran:
     return Ran(job.layout, losses, ledger, weights)
 
 
-@contextmanager
-def _patched() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
 SITE = """
 import os
 if "RANK" in os.environ:
@@ -119,8 +106,3 @@ def planted_site(folder: Path, cut_seconds: float, unsplit_seconds: float) -> st
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITE.format(cut=cut_seconds, unsplit=unsplit_seconds))
     return f"{folder}:{Path(__file__).parent}"
-
-
-def with_layout(job: Job, layout: Layout) -> Job:
-    """The job laid out otherwise."""
-    return replace(job, layout=layout)

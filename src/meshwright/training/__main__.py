@@ -54,7 +54,6 @@ def _run(arguments: Sequence[str], place: process.Place) -> int:
 
 def _train(job: Job, options: dict[str, str], place: process.Place) -> int:
     from meshwright import launch
-    from meshwright.planner.overlap import resolve
     from meshwright.training import group, loop  # seconds of importing torch, once the words are known to be right
 
     job = launch.checked(job, place.world, local_ranks=place.local_world)
@@ -62,7 +61,7 @@ def _train(job: Job, options: dict[str, str], place: process.Place) -> int:
     try:
         if folder is None and place.rank == 0:
             folder = launch.prepare(job, Path(options.get("runs", "runs")))
-        loop.run(resolve(job), place, folder)
+        loop.run(job, place, folder)
     except RuntimeError as error:
         if not group.is_lost_peer(error):
             raise

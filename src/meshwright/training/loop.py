@@ -32,7 +32,10 @@ AUDITED_STEP = 1
 
 
 def run(job: Job, place: Place, folder: RunFolder | None) -> None:
-    """Train a checked job to its end on this rank. Collective. Rank 0 brings the folder, the others learn it."""
+    """Train a checked job to its end on this rank. Collective. Rank 0 brings the folder, the others learn it.
+
+    The layout is that of the folder: what `overlap = auto` became was decided once, by who prepared.
+    """
     text = Text.open(job, place.rank)  # before joining: who cannot read it says so while nobody waits in a collective
     with joined(job, place) as world:
         folder, layout, fallback = _same_for_all(folder, text, world)
