@@ -113,8 +113,10 @@ def _run_ranks(job: Job, folder: RunFolder) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from meshwright.comm.torch_private import ending_ranks_within
+
     _silence("torch.distributed.elastic")
-    with tempfile.TemporaryDirectory(prefix="meshwright-") as logs:
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as logs, ending_ranks_within(SHUTDOWN_SECONDS):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from typing import Any
 
@@ -63,6 +64,16 @@ def test_fake_mode_can_be_left_for_a_moment() -> None:
         assert isinstance(torch.zeros(1), torch_private.FakeTensor)
         with torch_private.unset_fake_temporarily():
             assert not isinstance(torch.zeros(1), torch_private.FakeTensor)
+
+
+def test_the_launchers_patience_can_be_set() -> None:
+    def patience() -> Any:
+        return inspect.signature(torch_private.PContext.close).parameters["timeout"].default
+
+    assert patience() == 30
+    with torch_private.ending_ranks_within(5):
+        assert patience() == 5
+    assert patience() == 30
 
 
 def test_flop_registry_knows_matmul() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training.tiny import MODEL, job, write_text
@@ -35,9 +37,9 @@ PATIENCE_SECONDS = 120
 """For what takes seconds on a machine that is not busy; nothing may hang."""
 
 
-def job_file(folder: Path, *, steps: int, layout: Layout) -> Path:
+def job_file(folder: Path, *, steps: int, layout: Layout, **training: Any) -> Path:
     path = folder / "job.toml"
-    path.write_text(dump_job(job(layout, steps=steps, data=write_text(folder / "text"))))
+    path.write_text(dump_job(job(layout, steps=steps, data=write_text(folder / "text"), **training)))
     return path
 
 
@@ -92,10 +94,12 @@ def test_two_layouts_at_once(tmp_path: Path) -> None:
 
 
 @contextmanager
-def running_job(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A job without end that has taken its first steps, and the process numbers of its ranks."""
-    file = job_file(tmp_path, steps=ENDLESS, layout=Layout(tensor=2))
-    command = commands(file, tmp_path / "runs")["train"]
+def running_job(
+    tmp_path: Path, how: str = "train", **training: Any
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A job without end that has taken its first steps, and the process numbers of its ranks, in order."""
+    file = job_file(tmp_path, steps=ENDLESS, layout=Layout(tensor=2), **training)
+    command = commands(file, tmp_path / "runs")[how]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     ranks: list[int] = []
     try:
@@ -157,6 +161,34 @@ def test_the_end_of_the_launcher_ends_the_ranks(tmp_path: Path, sent: signal.Sig
         assert process.stderr.read() == ""
 
 
+TIMEOUT_SECONDS = 10
+GRACE_SECONDS = {"train": 15, "torchrun": 40}
+"""For asking who is gone, leaving, and killing who does not leave: torchrun lets that one live for half a minute."""
+SLACK_SECONDS = 30
+"""For a machine that is busy with other tests."""
+
+
+@needs_proc
+@pytest.mark.parametrize("how", ["train", "torchrun"])
+def test_a_stopped_rank_ends_the_job_within_the_timeout(tmp_path: Path, how: str) -> None:
+    """It is alive for its launcher. Who waits for it says which rank, and what for."""
+    with running_job(tmp_path, how, timeout_seconds=TIMEOUT_SECONDS) as (process, ranks):
+        os.kill(ranks[1], signal.SIGSTOP)
+        _, errors = process.communicate(timeout=TIMEOUT_SECONDS + GRACE_SECONDS[how] + SLACK_SECONDS)
+        assert process.returncode == 1
+        _wait_until_gone(ranks)
+        said = [line for line in errors.splitlines() if line.startswith("rank 0: ")]
+        assert len(said) == 1, errors
+        call = r"(all_reduce|broadcast|all_gather) over tensor in (forward|backward|optimiser) at \S+"
+        assert re.fullmatch(
+            rf"rank 0: {call} got no answer from rank 1 within 10 s \(training\.timeout_seconds\): its host "
+            r"answers and its process does not, it is stopped or hangs; mend that and start the job again",
+            said[0],
+        )
+        if how == "train":
+            assert errors.splitlines() == [*said, failure_line(0, 1, 2)]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +247,14 @@ def test_what_only_another_rank_finds_is_said(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert errors.startswith(f"rank 1: training.data = {tmp_path}/nowhere does not exist")
     assert errors.count("\n") == 1
+
+
+def test_joining_ends_at_the_timeout(tmp_path: Path) -> None:
+    """Nobody listens where ranks should meet."""
+    process = lone_rank(tmp_path, "--training.timeout_seconds", "2")
+    _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1
+    assert "rank 1: not all 2 ranks could join within 2 s (training.timeout_seconds): see that every host is" in errors
 
 
 @pytest.mark.parametrize("refused", ["--runs", "--training.data"])

@@ -49,7 +49,7 @@ class Pending:
         """
         if self.works:
             works, self.works = list(self.works), ()
-            with inside_backend(), failing_as(self.call), waiting(self.call):
+            with inside_backend(), failing_as(self.call, accepted=True), waiting(self.call):
                 while works:  # a work that is done must not be kept: it may hold the tensor
                     works.pop(0).wait()
             if observed():

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+_SIGNS_OF_GLOO = ("gloo", "Application timeout caused pair closure", "Connection closed by peer")
+"""Its errors have no type of their own, and not all name the file they come from."""
+
 
 class Call(NamedTuple):
     """What was put on the wire, for those who time it or say that it failed."""
@@ -46,12 +49,15 @@ class CollectiveError(RuntimeError):
 
 
 @contextmanager
-def failing_as(call: Call | None) -> Iterator[None]:
-    """What the backend raises inside for a lost peer is raised as the failure of `call`; None leaves it as it is."""
+def failing_as(call: Call | None, *, accepted: bool = False) -> Iterator[None]:
+    """What the backend raises inside for a lost peer is raised as the failure of `call`; None leaves it as it is.
+
+    `accepted`: it was put on the wire without complaint, so nothing but a peer can have failed since.
+    """
     try:
         yield
     except RuntimeError as error:
-        if call is None or isinstance(error, CollectiveError) or not is_lost_peer(error):
+        if call is None or isinstance(error, CollectiveError) or not (accepted or is_lost_peer(error)):
             raise
         seconds = time.perf_counter() - call.issued_seconds
         raise CollectiveError(call, seconds, first_line(error)) from error
@@ -60,7 +66,7 @@ def failing_as(call: Call | None) -> Iterator[None]:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exception says that a collective failed, rather than that this rank has a bug."""
     known = isinstance(error, dist.DistError | CollectiveError)
-    return known or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return known or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_GLOO))
 
 
 def first_line(error: BaseException) -> str:

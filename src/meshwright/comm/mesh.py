@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.account import UNKNOWN_AXIS, WORLD_AXIS
+from meshwright.comm import torch_private
 from meshwright.comm.collectives import Axis
 from meshwright.config.tiers import groups, on_hosts, tiers
 from meshwright.config.tree import AXES, Layout
@@ -134,7 +135,8 @@ def _reused(key: Any, make: Callable[[], Any]) -> Any:
     if _made.under is not dist.group.WORLD:
         _made.under, _made.by_key = dist.group.WORLD, {}
     if key not in _made.by_key:
-        _made.by_key[key] = make()
+        with torch_private.inherited_timeout():
+            _made.by_key[key] = make()
     return _made.by_key[key]
 
 

@@ -54,7 +54,7 @@ def _run(arguments: Sequence[str], place: process.Place) -> int:
 
 def _train(job: Job, options: dict[str, str], place: process.Place) -> int:
     from meshwright import launch
-    from meshwright.training import group, loop  # seconds of importing torch, once the words are known to be right
+    from meshwright.training import loop, lost  # seconds of importing torch, once the words are known to be right
 
     job = launch.checked(job, place.world, local_ranks=place.local_world)
     folder = RunFolder(Path(options["run_folder"])) if "run_folder" in options else None
@@ -62,11 +62,10 @@ def _train(job: Job, options: dict[str, str], place: process.Place) -> int:
         if folder is None and place.rank == 0:
             folder = launch.prepare(job, Path(options.get("runs", "runs")))
         loop.run(job, place, folder)
-    except RuntimeError as error:
-        if not group.is_lost_peer(error):
-            raise
-        process.wait_to_be_ended()
-        print(f"rank {place.rank}: a collective failed: {str(error).splitlines()[0]}", file=sys.stderr)
+    except lost.LostPeer as error:
+        if error.patient:
+            process.wait_to_be_ended()
+        print(f"rank {place.rank}: {error}", file=sys.stderr)
         return 1
     return 0
 

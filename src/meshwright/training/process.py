@@ -8,8 +8,9 @@ anything slow begins. A rank leaves in one of these ways:
                         joining the others waits outside of Python, and is ended by the signal itself
     a user's mistake    rank 0 says it at once; the others, who mostly find the same, wait for the launcher's SIGTERM
                         and say it only if that does not come; exit code 2
-    a peer is lost      a collective fails; the launcher knows the culprit and is ending everybody, so wait for its
-                        SIGTERM and stay silent, or say in one line what failed if it does not come
+    a peer is lost      a collective fails. Who does not answer is named at once, in one line, for no launcher of this
+                        host can know (`training.lost`). Of a rank that ended, its launcher knows, and is ending
+                        everybody: wait for its SIGTERM and stay silent, or say it if that does not come; exit code 1
     the launcher dies   the kernel ends the rank (Linux), for nobody else would
 """
 
@@ -39,6 +40,8 @@ class Place:
     local_rank: int = 0
     local_world: int = 1
     launched: bool = False
+    master: str = ""
+    """The host where ranks meet."""
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Place:
@@ -47,7 +50,8 @@ class Place:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         rank, world, local_rank, local_world = (int(environment[name]) for name in names)
-        return cls(rank, world, local_rank, local_world, launched=True)
+        master = environment.get("MASTER_ADDR", "")
+        return cls(rank, world, local_rank, local_world, launched=True, master=master)
 
 
 class Ended(BaseException):
