@@ -8,12 +8,17 @@
     collectives   `meshwright bench collectives`: 2 and 4 ranks here, and in the lab 2 hosts of 1 and of 2 ranks
     gradients-two-hosts
                   `meshwright bench gradients`: strategies and DDP in the lab, over buckets and rates; 20 minutes
+    overlap-matmul, overlap-block, overlap-step, overlap-buckets, overlap-hierarchical
+                  `meshwright bench matmul`, a part each: communication under computation in the lab; 25 minutes
+    overlap-timeline
+                  what the timeline says of these, beside what was measured
 
 `python benchmarks/commands.py [NAME ...]` runs some of them. Limits are the project's own targets.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -24,12 +29,13 @@ from typing import Any
 
 from meshwright.bench import collectives as bench_collectives
 from meshwright.bench import gradients as bench_gradients
-from meshwright.bench import record, ring
+from meshwright.bench import overlap, record, ring
 from meshwright.bench.context import Setting
+from meshwright.bench.overlap_rows import timeline_rows
 from meshwright.comm.ranks import Ranks
 from meshwright.errors import UserError
 from meshwright.verify.agreement import check
-from meshwright.verify.matrix import all_cases, all_long_cases, all_state_cases
+from meshwright.verify.matrix import every_case
 
 PROGRAM = str(Path(sys.executable).with_name("meshwright"))
 GIB = 2**30
@@ -38,10 +44,9 @@ GIB = 2**30
 def agreement() -> list[dict[str, Any]]:
     """A row for each case."""
     rows = []
-    cases = [*all_cases(), *all_long_cases(), *all_state_cases()]
     for world in (1, 2, 3, 4, 8):
         with Ranks(world) as ranks:
-            for case in (case for case in cases if case.job.layout.world == world):
+            for case in (case for case in every_case() if case.job.layout.world == world):
                 found = check(case, ranks)
                 rows.append(record.row(**found.to_json(), failed=None if found.agrees else "does not agree"))
                 print(f"{'agrees' if found.agrees else 'DIFFERS'}  {case}", flush=True)
@@ -92,6 +97,17 @@ def gradients_two_hosts() -> list[dict[str, Any]]:
     return bench_gradients.measure(bench_gradients.Setting(), lambda line: print(line, flush=True))
 
 
+@functools.cache
+def overlap_part(part: str) -> list[dict[str, Any]]:
+    """At each setting, a row for each subject and comparison; measured once, for the timeline's record, too."""
+    return overlap.measure_parts(overlap.Setting(parts=(part,)), lambda line: print(line, flush=True))
+
+
+def overlap_timeline() -> list[dict[str, Any]]:
+    """At each setting of all parts: predicted order, choice and regret; and the figures over all of them."""
+    return timeline_rows([row for part in overlap.PARTS for row in overlap_part(part)])
+
+
 def _timed(command: list[str]) -> tuple[float, int, str]:
     """Seconds, peak resident bytes and output of a program that must succeed."""
     began = time.perf_counter()
@@ -112,6 +128,8 @@ BENCHMARKS = {
     "attention-context": attention_context,
     "collectives": collectives,
     "gradients-two-hosts": gradients_two_hosts,
+    **{f"overlap-{part}": functools.partial(overlap_part, part) for part in overlap.PARTS},
+    "overlap-timeline": overlap_timeline,
 }
 
 

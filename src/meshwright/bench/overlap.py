@@ -83,7 +83,7 @@ class Setting:
     hosts: tuple[int, ...] = (2, 4)
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     samples: int = 9
-    """Turns with two hosts; half as many with more."""
+    """Turns with two hosts; two thirds as many with more."""
     quick: bool = False
     """Whether problems are those of `QUICK`."""
 
@@ -95,7 +95,7 @@ class Setting:
 
     def turns(self, hosts: int) -> int:
         """How often each subject is timed."""
-        return self.samples if hosts == 2 else math.ceil(self.samples / 2)
+        return self.samples if hosts == 2 else math.ceil(2 * self.samples / 3)
 
     def problems(self, part: str) -> tuple[Problem, ...]:
         """Those of a part."""
@@ -155,24 +155,24 @@ def _indivisible(setting: Setting, hosts: int) -> str:
     return ""
 
 
-SECONDS_OF_COMPUTE = 0.35
-"""About, for the estimate: of every problem."""
+SECONDS_OF_COMPUTE = {"gather_matmul": 0.2, "matmul_scatter": 0.2, "block": 0.42, "step": 0.5, "buckets": 0.65}
+"""About, for the estimate, on 2 cores."""
+SECONDS_TO_PREPARE = 8.0
 
 
 def expected_seconds(setting: Setting) -> float:
     """About how long everything takes, where the machine does nothing else."""
     if setting.quick:
-        return 20.0 * len(setting.parts)
-    total = 0.0
+        return 8.0 * len(setting.parts) * len(setting.hosts) * len(setting.ratios)
+    total = overlap_hierarchical.expected_seconds(setting.samples) if "hierarchical" in setting.parts else 0.0
     for part in (part for part in setting.parts if part != "hierarchical"):
         for hosts in setting.hosts:
             for problem in setting.problems(part):
                 overlapped = len(setting.subjects(problem, hosts)) - 1
-                for ratio in setting.ratios:
-                    turn = overlapped * max(1.0, ratio) + (1 + ratio) + 1 + ratio
-                    total += (setting.turns(hosts) + WARM_UP + 1) * turn * SECONDS_OF_COMPUTE
-    if "hierarchical" in setting.parts:
-        total += overlap_hierarchical.expected_seconds(setting.samples)
+                turns = sum(overlapped * max(1.0, ratio) + 2 * (1 + ratio) for ratio in setting.ratios)
+                share = hosts / 2 if problem.shape == "buckets" else 1.0  # others are divided among hosts
+                total += (setting.turns(hosts) + 1) * turns * share * SECONDS_OF_COMPUTE[problem.shape]
+                total += SECONDS_TO_PREPARE
     return total
 
 

@@ -191,7 +191,7 @@ class Matmul:
     ratios: str | None = None
     """Ratios of communication to computation, between commas: 0.5,1,2, or 1 if quick."""
     samples: int | None = None
-    """Turns of all subjects with two hosts: 9, or 2 if quick; half as many with more hosts."""
+    """Turns of all subjects with two hosts: 9, or 2 if quick; two thirds as many with more hosts."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
