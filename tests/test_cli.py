@@ -343,7 +343,7 @@ def test_layout_of_a_large_world_stays_readable(capsys: Capture) -> None:
 
 def test_schemes(capsys: Capture) -> None:
     found = run_json(capsys, "schemes", "--seq", "128", "--hidden", "256", "--degree", "2")
-    assert [row["calls_forward"] for row in found["schemes"]] == [2, 4, 4, 2, 2, 2, 0, 0, 0, 0, 0, 1, 1]
+    assert [row["calls_forward"] for row in found["schemes"]] == [2, 4, 8, 16, 4, 2, 2, 2, 0, 0, 0, 0, 0, 1, 1]
     assert found["inputs"] == {"seq": 128, "hidden": 256, "degree": 2, "batch": 1, "heads": 2, "kv_heads": 2}
     assert set(found["schemes"][0]) == {
         *("scheme", "splits", "operation", "calls_forward", "calls_backward", "calls_optimiser"),

@@ -20,7 +20,7 @@ GRADIENTS = 12 * H * H + 2 * H
 BLOCK = N * H // P
 """Elements of a rank's part of a tensor of the sequence."""
 
-TENSOR, SEQUENCE, ULYSSES, CONTIGUOUS, ZIGZAG, HYBRID, *STATES = (scheme.name for scheme in SCHEMES)
+TENSOR, SEQUENCE, TENSOR_CUT, SEQUENCE_CUT, ULYSSES, CONTIGUOUS, ZIGZAG, HYBRID, *STATES = (s.name for s in SCHEMES)
 NAIVE, FLAT, PER_PARAMETER, BUCKETED, ZERO_1, ZERO_2, ZERO_3 = STATES
 
 
@@ -50,6 +50,16 @@ def test_sequence_parallelism_sends_ten_halves() -> None:
     assert (found.operation, found.calls_forward, found.calls_backward) == ("all_gather, reduce_scatter", 4, 6)
     assert elements(found) == (4 * 7 * N * H // 8, 6 * 7 * N * H // 8)
     assert found.elements == 10 * 7 * N * H // 8 == 73_400_320
+
+
+def test_pipelining_sends_the_same_in_more_calls() -> None:
+    """Four slices instead of each all-reduce; four pieces of each of seven hops instead of each gather or scatter."""
+    found = row(TENSOR_CUT)
+    assert (found.operation, found.calls_forward, found.calls_backward) == ("all_reduce", 4 * 2, 4 * 2)
+    assert elements(found) == elements(row(TENSOR))
+    found = row(SEQUENCE_CUT)
+    assert (found.operation, found.calls_forward, found.calls_backward) == ("shift", 4 * 7 * 4, 4 * 7 * 6)
+    assert elements(found) == elements(row(SEQUENCE))
 
 
 def test_ulysses_sends_by_its_paper() -> None:
@@ -201,12 +211,23 @@ def test_saved_bytes_by_formula() -> None:
     unit = 2 * N * H
     assert row(TENSOR).saved_bytes == unit * (4 + 12 / P) + 4 * N * (2 * 2 + 2) + 24
     assert row(SEQUENCE).saved_bytes == unit * 16 / P + 4 * N * (2 * 2 / P + 2) + 24
+    assert row(TENSOR_CUT).saved_bytes == row(TENSOR).saved_bytes
+    assert row(SEQUENCE_CUT).saved_bytes == row(SEQUENCE).saved_bytes
     assert row(CONTIGUOUS).saved_bytes == row(ZIGZAG).saved_bytes == unit * 16 / P + 4 * N // P * (2 * 2 + 16) + 24
     assert row(ULYSSES).saved_bytes == row(HYBRID).saved_bytes == unit * 17 / P + 4 * N // P * (2 * 2 + 16) + 24
     assert row(NAIVE).saved_bytes == unit * 16 + 4 * N * (2 * 2 + 16) + 24
 
 
-HIDDEN = {TENSOR: (0, 2), SEQUENCE: (0, 4), ULYSSES: (0, 0), ZIGZAG: (14, 28), HYBRID: (6, 12), NAIVE: (0, 0)}
+HIDDEN = {
+    TENSOR: (0, 2),
+    SEQUENCE: (0, 4),
+    TENSOR_CUT: (2 * 3, 2 * 4),
+    SEQUENCE_CUT: (4 * 28, 6 * 28),
+    ULYSSES: (0, 0),
+    ZIGZAG: (14, 28),
+    HYBRID: (6, 12),
+    NAIVE: (0, 0),
+}
 """Calls between whose issue and wait a matmul or attention is computed."""
 
 

@@ -19,6 +19,9 @@ LONG = {
     "ring 4": Layout(ring=4),
     "ring 2 × ulysses 2": Layout(ring=2, ulysses=2),
     "tensor 2, sequence parallel, full recompute": Layout(tensor=2, sequence_parallel=True, recompute="full"),
+    "tensor 4, pipelined both ways": Layout(
+        tensor=4, sequence_parallel=True, overlap="pipelined", overlap_chunks=3, overlap_ring="bidirectional"
+    ),
 }
 
 STATES = {

@@ -170,6 +170,18 @@ SCHEMES = (
         "weights; between them, the sequence",
         "column layers' backward, under both gradients",
     ),
+    Scheme(
+        "tensor parallelism, pipelined",
+        lambda degree: Layout(tensor=degree, overlap="pipelined"),
+        "weights: heads, hidden features",
+        "each slice's sum under the next slice's product",
+    ),
+    Scheme(
+        "sequence parallelism, pipelined",
+        lambda degree: Layout(tensor=degree, sequence_parallel=True, overlap="pipelined"),
+        "weights; between them, the sequence",
+        "each piece of a hop under products",
+    ),
     Scheme("Ulysses", lambda degree: Layout(ulysses=degree), "sequence; heads inside attention", "nothing"),
     Scheme(
         "ring attention, contiguous",
