@@ -261,6 +261,21 @@ def test_nothing_hides_more_than_the_bound(kind: str, ratio: Fraction, size: int
         assert hidden <= (1 - Fraction(1, size * 4)) * product
 
 
+@pytest.mark.parametrize(("size", "least"), [(2, 1), (3, 1), (4, 0.95), (8, 0.95)])
+def test_two_rings_side_by_side_hide_more(size: int, least: float) -> None:
+    """Backward of a column-parallel layer: each ring's hop has the other ring's products to run under as well."""
+    rows, tape = size * (size - 1), Tape()
+    wire = Wire(Group("tensor", size), rows, 1, "float32", Pipeline(1))
+    gather, scatter = GatherRing(tape, wire), ScatterRing(wire)
+    for index in range(size):
+        scatter.compute(tape, index, lambda hop: tape.matmul(hop.rows, 1, 1, 0))
+        gather.step(tape, index, lambda hop: tape.matmul(hop.rows, 1, 1, 0), whole=True)
+        scatter.combine(tape, index)
+    products = 2 * size * rows
+    hidden = (2 * products - seconds(tape.trace(), Fraction(size, size - 1))) / products
+    assert least <= hidden <= 1
+
+
 # --- the account ------------------------------------------------------------------------------------------------------
 
 
