@@ -169,7 +169,7 @@ SLACK_SECONDS = 30
 
 
 @needs_proc
-@pytest.mark.parametrize("how", ["train", "torchrun"])
+@pytest.mark.parametrize("how", ["train", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_stopped_rank_ends_the_job_within_the_timeout(tmp_path: Path, how: str) -> None:
     """It is alive for its launcher. Who waits for it says which rank, and what for."""
     with running_job(tmp_path, how, timeout_seconds=TIMEOUT_SECONDS) as (process, ranks):
