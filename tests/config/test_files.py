@@ -212,7 +212,7 @@ def test_an_unknown_key_without_a_neighbour_names_the_fields(job_file):
         f"{path}: layout.zzz is not a field: use one of layout.replicate, layout.shard, layout.ring, layout.ulysses, "
         "layout.tensor, layout.pipeline, layout.gradients, layout.bucket_mib, layout.zero, "
         "layout.prefetch, layout.sequence_parallel, layout.recompute, layout.ring_order, layout.overlap, "
-        "layout.overlap_chunks, layout.overlap_ring, layout.hierarchical"
+        "layout.overlap_chunks, layout.overlap_ring, layout.hierarchical, layout.half_batches"
     )
 
 

@@ -75,13 +75,13 @@ def test_all_mistakes_at_once():
         "layout is a section, not a field: set layout.replicate, layout.shard, layout.ring, layout.ulysses, "
         "layout.tensor, layout.pipeline, layout.gradients, layout.bucket_mib, layout.zero, "
         "layout.prefetch, layout.sequence_parallel, layout.recompute, layout.ring_order, "
-        "layout.overlap, layout.overlap_chunks, layout.overlap_ring, layout.hierarchical",
+        "layout.overlap, layout.overlap_chunks, layout.overlap_ring, layout.hierarchical, layout.half_batches",
         "colour is not a field: use one of name, model, layout, cluster, training",
         "h100 is neither a file nor in the catalog's clusters: did you mean h100x8?",
         "layout.tp is not a field: use one of layout.replicate, layout.shard, layout.ring, layout.ulysses, "
         "layout.tensor, layout.pipeline, layout.gradients, layout.bucket_mib, layout.zero, "
         "layout.prefetch, layout.sequence_parallel, layout.recompute, layout.ring_order, "
-        "layout.overlap, layout.overlap_chunks, layout.overlap_ring, layout.hierarchical",
+        "layout.overlap, layout.overlap_chunks, layout.overlap_ring, layout.hierarchical, layout.half_batches",
         "layout.tensr is not a field: did you mean layout.tensor?",
         'layout.tensor = "2.5" is not a whole number',
         'layout.shard = "" is not a whole number',

@@ -27,7 +27,7 @@ def violations(layout: Layout, model: Model, cluster: Cluster, training: Trainin
     """All rules that a layout breaks. `cluster` breaks none by itself; an option may need to know of it."""
     found = [*_unavailable(layout), *_split_of_mlp(layout, model), *_split_of_tokens(layout, training)]
     found += [*_sharding_of_states(layout, training), *_size_of_buckets(layout, cluster)]
-    found += [*_sums_by_tiers(layout, cluster)]
+    found += [*_sums_by_tiers(layout, cluster), *_half_batches(layout, model, training)]
     if model.block == "decoder":
         found += [*_shape_of_attention(model), *_split_of_attention(layout, model)]
     return found
@@ -244,6 +244,35 @@ def _share(ranks: tuple[int, ...]) -> str:
     if len(set(ranks)) > 1:
         return f"{listed(ranks, 'and')} ranks on its hosts"
     return f"{ranks[0]} rank{'s' * (ranks[0] > 1)} on {f'each of {len(ranks)} hosts' if len(ranks) > 1 else 'one host'}"
+
+
+def _half_batches(layout: Layout, model: Model, training: Training) -> Iterator[Violation]:
+    if not layout.halves:
+        return
+    if model.block != "decoder":
+        yield Violation(
+            "half_batches",
+            f"layout.half_batches = true needs attention and an MLP to run beside each other, and model.block = "
+            f"{model.block} has linear layers only: use layout.half_batches false",
+        )
+        return
+    if layout.overlap == "pipelined":
+        yield Violation(
+            "half_batches_overlap",
+            "layout.half_batches = true with layout.overlap = pipelined would hide the same communication twice (a "
+            "product that is cut waits for all of its own pieces, so that nothing is left to run under the other "
+            "half): use layout.overlap none, or layout.half_batches false",
+        )
+    parts = layout.batch_ranks * training.accumulation
+    if training.batch % parts == 0 and training.batch // parts % 2:
+        divided = _degrees(layout, ("replicate", "shard"), {"training.accumulation": training.accumulation})
+        by = f", divided by {divided}," if parts > 1 else ""
+        yield Violation(
+            "half_batches",
+            f"training.batch = {training.batch}{by} leaves a rank a micro-batch of {training.batch // parts} "
+            f"(layout.half_batches = true halves it): use a batch of "
+            f"{listed(near_multiples(2 * parts, training.batch))}, or layout.half_batches false",
+        )
 
 
 def _tensor_degrees(layout: Layout, model: Model) -> list[int]:

@@ -118,6 +118,14 @@ class Layout:
     """Whether the pieces of a hop all go to the next rank, or every second one to the one before."""
     hierarchical: bool = False
     """Sum gradients inside each host first, then between hosts, where a host has several ranks of their group."""
+    half_batches: bool = False
+    """Run each block in two halves of the micro-batch, so that the tensor-parallel communication of one runs under the
+    other's compute. Nothing where tensor = 1."""
+
+    @property
+    def halves(self) -> bool:
+        """Whether blocks run in two half-batches."""
+        return self.half_batches and self.tensor > 1
 
     @property
     def world(self) -> int:

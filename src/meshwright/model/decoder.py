@@ -9,6 +9,7 @@ holds its rank's slices of its parameters; `model.build` shapes and fills them f
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,11 +19,14 @@ from meshwright.comm.mesh import World
 from meshwright.config.tree import Job, Model
 from meshwright.kernels import pointwise
 from meshwright.kernels.attention import choose_kernel
+from meshwright.parallel import halves
 from meshwright.parallel.context import ContextAttention
+from meshwright.parallel.halves import Crossing, Half, ModuleShares, Stages, interleaved
 from meshwright.parallel.loss import chunked_cross_entropy, vocab_cross_entropy
 from meshwright.parallel.recompute import rerun
 from meshwright.parallel.sequence import Region
 from meshwright.parallel.tensor import column_linear, row_linear, vocab_embedding
+from meshwright.schemes.halves import ATTENTION
 from meshwright.schemes.tape import Pipeline
 
 
@@ -81,17 +85,53 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = Affine(), Affine(), Affine(), Affine()
 
     def forward(
-        self, h_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
+        self,
+        h_BSE: torch.Tensor | Half,
+        rotary: torch.Tensor | None = None,
+        first_BS: torch.Tensor | None = None,
+        shares: ModuleShares | None = None,
+    ) -> torch.Tensor | Half:
+        """The output. With `shares`, of a half-batch: the half that has entered, whose output a later call with it
+        returns."""
+        if isinstance(h_BSE, Half):
+            return h_BSE.finish()
+        if shares is not None:
+            return Half(self._stages(h_BSE, rotary, first_BS, Crossing.of(self.region, shares)), self.site)
+        qkv = list(column_linear(h_BSE, *self._columns, self.region, self.site))
+        out_BSF = self._core(qkv, rotary, first_BS)
+        return row_linear(out_BSF, self.output.weight, self.output.bias, self.region, self.site)
+
+    def _stages(
+        self, h_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None, crossing: Crossing
+    ) -> Stages:
+        h_BSE = halves.begin(h_BSE, crossing, self.site)
+        yield
+        qkv = list(halves.column_linear(h_BSE, *self._columns, crossing, self.site))
+        del h_BSE
+        out_BSF = self._core(qkv, rotary, first_BS)
+        yield
+        y_BSE = halves.row_linear(out_BSF, self.output.weight, crossing, self.site)
+        del out_BSF
+        yield
+        return halves.finish(y_BSE, self.output.bias, crossing, self.site)
+
+    @property
+    def _columns(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+        """Weights and biases of query, key and value."""
+        layers = self.query, self.key, self.value
+        return tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
+
+    def _core(
+        self, qkv: list[torch.Tensor], rotary: torch.Tensor | None, first_BS: torch.Tensor | None
     ) -> torch.Tensor:
-        weights, biases = zip(*((p.weight, p.bias) for p in (self.query, self.key, self.value)), strict=True)
-        qkv = [
-            x.unflatten(-1, (-1, self.head_dim)) for x in column_linear(h_BSE, weights, biases, self.region, self.site)
-        ]
+        """Attention's output [B, S, H·D]. The list is emptied, so that no caller keeps alive what is replaced."""
+        for i, x_BSF in enumerate(qkv):
+            qkv[i] = x_BSF.unflatten(-1, (-1, self.head_dim))
+            del x_BSF
         if rotary is not None:
             for i in range(2):
                 qkv[i] = pointwise.rope(qkv[i], rotary)
-        out_BSHD = self.attend(qkv, self.site, first_BS)
-        return row_linear(out_BSHD.flatten(2), self.output.weight, self.output.bias, self.region, self.site)
+        return self.attend(qkv, self.site, first_BS).flatten(2)
 
 
 class MLP(nn.Module):
@@ -103,33 +143,57 @@ class MLP(nn.Module):
         self.gate = Affine() if model.mlp == "gated_silu" else None
         self.up, self.down = Affine(), Affine()
 
-    def forward(self, h_BSE: torch.Tensor) -> torch.Tensor:
-        if self.gate is None:
-            (up,) = column_linear(h_BSE, (self.up.weight,), (self.up.bias,), self.region, self.site)
-            a_BSF = pointwise.gelu(up)
-        else:
-            weights, biases = (self.gate.weight, self.up.weight), (self.gate.bias, self.up.bias)
-            gate, up = column_linear(h_BSE, weights, biases, self.region, self.site)
-            a_BSF = pointwise.gated_silu(gate, up)
+    def forward(self, h_BSE: torch.Tensor | Half, shares: ModuleShares | None = None) -> torch.Tensor | Half:
+        """As of `Attention`."""
+        if isinstance(h_BSE, Half):
+            return h_BSE.finish()
+        if shares is not None:
+            return Half(self._stages(h_BSE, Crossing.of(self.region, shares)), self.site)
+        columns = column_linear(h_BSE, *self._columns, self.region, self.site)
+        a_BSF = self._activate(columns)
         return row_linear(a_BSF, self.down.weight, self.down.bias, self.region, self.site)
+
+    def _stages(self, h_BSE: torch.Tensor, crossing: Crossing) -> Stages:
+        h_BSE = halves.begin(h_BSE, crossing, self.site)
+        yield
+        columns = halves.column_linear(h_BSE, *self._columns, crossing, self.site)
+        del h_BSE
+        a_BSF = self._activate(columns)
+        del columns
+        yield
+        y_BSE = halves.row_linear(a_BSF, self.down.weight, crossing, self.site)
+        del a_BSF
+        yield
+        return halves.finish(y_BSE, self.down.bias, crossing, self.site)
+
+    @property
+    def _columns(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+        """Weights and biases of gate and up, or of up alone."""
+        layers = (self.up,) if self.gate is None else (self.gate, self.up)
+        return tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
+
+    def _activate(self, columns: Sequence[torch.Tensor]) -> torch.Tensor:
+        return pointwise.gelu(*columns) if self.gate is None else pointwise.gated_silu(*columns)
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each after a norm and added to the residual stream.
 
-    `rerun`: only its input is kept, and backward computes it again.
+    `rerun`: only its input is kept, and backward computes it again. `halves`: it runs in two half-batches.
     """
 
-    def __init__(self, model: Model, region: Region, attend: ContextAttention, site: str, *, rerun: bool) -> None:
+    def __init__(
+        self, model: Model, region: Region, attend: ContextAttention, site: str, *, rerun: bool, halves: bool
+    ) -> None:
         super().__init__()
-        self.rerun = rerun
+        self.rerun, self.halves = rerun, halves
         self.attention_norm, self.attention = Norm(model), Attention(model, region, attend, f"{site}.attention")
         self.mlp_norm, self.mlp = Norm(model), MLP(model, region, f"{site}.mlp")
 
     def forward(
         self, x_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
     ) -> torch.Tensor:
-        run = functools.partial(self._run, first_BS=first_BS)
+        run = functools.partial(self._run_halves if self.halves else self._run, first_BS=first_BS)
         return rerun(run, x_BSE, rotary) if self.rerun else run(x_BSE, rotary)
 
     def _run(
@@ -139,6 +203,25 @@ class Block(nn.Module):
         x_BSE = x_BSE + self.attention(h_BSE, rotary, first_BS)
         h_BSE, x_BSE = self.mlp_norm(x_BSE)
         return x_BSE + self.mlp(h_BSE)
+
+    def _run_halves(
+        self, x_BSE: torch.Tensor, rotary: torch.Tensor | None, first_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        count = min(2, len(x_BSE))
+        firsts = [None] * count if first_BS is None else first_BS.chunk(count)
+        shares = [ModuleShares(count), ModuleShares(count)]
+
+        def enter(x_BSE: torch.Tensor, half: int, branch: int) -> tuple[Half, torch.Tensor]:
+            if branch == ATTENTION:
+                h_BSE, x_BSE = self.attention_norm(x_BSE)
+                return self.attention(h_BSE, rotary, firsts[half], shares[branch]), x_BSE
+            h_BSE, x_BSE = self.mlp_norm(x_BSE)
+            return self.mlp(h_BSE, shares[branch]), x_BSE
+
+        def leave(half: Half, branch: int) -> torch.Tensor:
+            return self.attention(half) if branch == ATTENTION else self.mlp(half)
+
+        return interleaved(x_BSE, count, enter, leave)
 
 
 class Head(Affine):
@@ -193,7 +276,8 @@ class Decoder(nn.Module):
         self.embedding = Embedding(region, dtype, "embedding")
         self.positions = Positions(region) if model.positions == "learned" else None
         full = layout.recompute == "full"
-        blocks = (Block(model, region, attend, f"layers.{i}", rerun=full) for i in range(model.layers))
+        halved = layout.halves
+        blocks = (Block(model, region, attend, f"layers.{i}", rerun=full, halves=halved) for i in range(model.layers))
         self.layers = nn.ModuleList(blocks)
         self.norm = Norm(model)
         self.head = Head(region, "head")

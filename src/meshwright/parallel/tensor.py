@@ -40,7 +40,7 @@ def column_linear(
     """
     if region.pipeline is not None:
         return matmul.column_linear(x_BSE, weights, biases, region, site)
-    return _Linear.apply(x_BSE, region, None, site, len(weights), *weights, *biases)
+    return Linear.apply(x_BSE, region, None, site, len(weights), *weights, *biases)
 
 
 def row_linear(
@@ -57,11 +57,11 @@ def row_linear(
     """
     if region.pipeline is not None:
         return matmul.row_linear(x_BSF, weight, bias, region, site)
-    (y_BSE,) = _Linear.apply(x_BSF, None, region, site, 1, weight, bias)
+    (y_BSE,) = Linear.apply(x_BSF, None, region, site, 1, weight, bias)
     return y_BSE
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
     """Local linear layers on one input, which enters the region first or whose outputs leave it after.
 
     Entering in forward is leaving in backward, so the communication is fused here with the products it belongs to.

@@ -6,10 +6,11 @@ module's name; the L equal blocks are written as one `Repeat`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.config.tree import Model
 from meshwright.schemes.context import SAVED, ContextAttention
+from meshwright.schemes.halves import HalvedBlock
 from meshwright.schemes.local import Activation, Norm, Rope
 from meshwright.schemes.loss import ChunkedCrossEntropy, CrossEntropy
 from meshwright.schemes.recompute import RerunBlock
@@ -221,8 +222,9 @@ class Decoder:
         tape.free(s.M * s.E * s.c, s.wire_category)
 
     @property
-    def _block(self) -> Block | RerunBlock:
-        block = Block(self.model, self.sizes)
+    def _block(self) -> Block | HalvedBlock | RerunBlock:
+        s = self.sizes
+        block = HalvedBlock(Block(self.model, replace(s, B=s.B // 2))) if s.halves else Block(self.model, s)
         return RerunBlock(block) if self.sizes.recompute == "full" else block
 
     @property

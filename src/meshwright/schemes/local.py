@@ -38,8 +38,19 @@ class Norm:
         tape.drop(self.saved_bytes)
         tape.elementwise(s.M * s.E * (2 * s.c + 3 * FLOAT32))
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of its parameters."""
+        return (2 if self.kind == "layernorm" and self.biased else 1) * self.sizes.E * self.sizes.p
+
     def backward(self, tape: Tape, *, dh_category: str, residual: bool) -> None:
         """Frees dh and, if there is one to free, the gradient of the residual path; releases x, makes dx [M, E]."""
+        self.differentiate(tape, dh_category=dh_category, residual=residual)
+        tape.release(self.sizes.M * self.sizes.E * self.sizes.c)
+        tape.accumulate(self.gradient_bytes)
+
+    def differentiate(self, tape: Tape, *, dh_category: str, residual: bool) -> None:
+        """Backward, but for who lets go of x and who takes the parameters' gradients."""
         s = self.sizes
         row, full, weight = s.M * FLOAT32, s.M * s.E * FLOAT32, s.E * FLOAT32
         if self.kind == "layernorm" and self.biased:
@@ -60,13 +71,10 @@ class Norm:
         tape.free(s.M * s.E * s.c, dh_category)
         if residual:
             tape.free(s.M * s.E * s.c)
-        tape.release(s.M * s.E * s.c)
         tape.release(self.saved_bytes)
-        count = 2 if self.kind == "layernorm" and self.biased else 1
         if s.casts_gradients:
-            tape.alloc(count * s.E * s.p)
-            tape.free(count * weight)
-        tape.accumulate(count * s.E * s.p)
+            tape.alloc(self.gradient_bytes)
+            tape.free(self.gradient_bytes // s.p * FLOAT32)
 
 
 @dataclass(frozen=True)

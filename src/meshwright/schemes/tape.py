@@ -88,6 +88,8 @@ class Sizes:
     """Whether attention stays within documents."""
     pipeline: Pipeline | None = None
     """How tensor-parallel products are cut; None: they are not."""
+    halves: bool = False
+    """Whether blocks run in two half-batches."""
     gathers: bool = False
     """Whether weights are gathered for each use, in the compute dtype, which is then their gradients', too (ZeRO-3)."""
 
@@ -117,6 +119,7 @@ class Sizes:
             loss_chunk=training.loss_chunk,
             documents=training.documents == "separate",
             pipeline=Pipeline.of(layout),
+            halves=layout.halves,
             gathers=layout.zero_stage >= 2,
         )
 

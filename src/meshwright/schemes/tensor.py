@@ -36,39 +36,61 @@ class ColumnLinear:
         if self.sizes.pipeline is not None:
             self._forward_pipelined(tape, categories)
             return
-        s, region = self.sizes, Region(self.sizes)
+        region = Region(self.sizes)
         region.entered(tape, region.enter(tape))
+        self.multiply(tape, categories)
+
+    def multiply(self, tape: Tape, categories: Sequence[str]) -> None:
+        """The products alone, of an x that has entered the region."""
+        s = self.sizes
         for F, category in zip(self.features, categories, strict=True):
             with cast_weight(tape, s, F * s.E):
                 tape.alloc(s.N * F * s.c, category)
                 tape.matmul(s.N, s.E, F, s.c)
-        region.close(tape)
+        Region(s).close(tape)
 
     def backward(self, tape: Tape, *, dy_categories: Sequence[str] = ()) -> None:
         """Frees the dy_i (temporaries unless said otherwise), releases x, makes dx (category `Sizes.wire_category`)."""
+        s = self.sizes
+        if s.pipeline is None:
+            Region(s).left(tape, self.send_gradient(tape, dy_categories))
+        else:
+            if self.biased:
+                tape.alloc(sum(self.features) * s.p)
+            self._backward_split(tape) if s.split else self._backward_whole(tape)
+            self._let_go(tape, dy_categories)
+        tape.accumulate(self.gradient_bytes)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients of its parameters."""
+        return sum(self.features) * (self.sizes.E + self.biased) * self.sizes.p
+
+    def send_gradient(self, tape: Tape, dy_categories: Sequence[str] = ()) -> int:
+        """Backward, but for the wait for dx, whose ticket is returned, and for who takes the parameters' gradients."""
         s, region = self.sizes, Region(self.sizes)
         if self.biased:
             tape.alloc(sum(self.features) * s.p)
-        if s.pipeline is not None:
-            self._backward_split(tape) if s.split else self._backward_whole(tape)
-        else:
-            entering = region.enter(tape)
-            for i, F in enumerate(self.features):
-                with cast_weight(tape, s, F * s.E):
-                    if i == 0:
-                        region.make(tape)
-                    tape.matmul(s.N, F, s.E, s.c)
-            leaving = region.leave(tape)
-            region.let_go(tape)
-            region.entered(tape, entering)
-            for F in self.features:
-                weight_gradient(tape, s, F, s.E)
-            region.left(tape, leaving)
-            region.close(tape)
+        entering = region.enter(tape)
+        for i, F in enumerate(self.features):
+            with cast_weight(tape, s, F * s.E):
+                if i == 0:
+                    region.make(tape)
+                tape.matmul(s.N, F, s.E, s.c)
+        leaving = region.leave(tape)
+        region.let_go(tape)
+        region.entered(tape, entering)
+        for F in self.features:
+            weight_gradient(tape, s, F, s.E)
+        region.close(tape)
+        self._let_go(tape, dy_categories)
+        return leaving
+
+    def _let_go(self, tape: Tape, dy_categories: Sequence[str]) -> None:
+        s = self.sizes
         for i, F in enumerate(self.features):
             tape.free(s.N * F * s.c, dy_categories[i] if dy_categories else "temporaries")
         tape.release(s.M * s.E * s.c)
-        tape.accumulate(sum(self.features) * (s.E + self.biased) * s.p)
 
     def _forward_pipelined(self, tape: Tape, categories: Sequence[str]) -> None:
         s = self.sizes
@@ -129,11 +151,16 @@ class RowLinear:
         if s.pipeline is not None:
             self._forward_pipelined(tape)
             return
+        region.left(tape, self.send(tape))
+        region.let_go(tape)
+
+    def send(self, tape: Tape) -> int:
+        """The product, put on the wire. Returns its ticket."""
+        s, region = self.sizes, Region(self.sizes)
         with cast_weight(tape, s, s.E * self.F):
             region.make(tape)
             tape.matmul(s.N, self.F, s.E, s.c)
-        region.left(tape, region.leave(tape))
-        region.let_go(tape)
+        return region.leave(tape)
 
     def backward(self, tape: Tape, *, release_input: bool) -> None:
         """Makes dx. dy is the gradient of the residual stream and lives on; x may be held by others too."""
@@ -144,14 +171,19 @@ class RowLinear:
             self._backward_pipelined(tape)
         else:
             region.entered(tape, region.enter(tape))
-            with cast_weight(tape, s, s.E * self.F):
-                tape.alloc(s.N * self.F * s.c)
-                tape.matmul(s.N, s.E, self.F, s.c)
-            weight_gradient(tape, s, s.E, self.F)
-            region.close(tape)
+            self.multiply_gradient(tape)
         if release_input:
             tape.release(s.N * self.F * s.c)
         tape.accumulate(s.E * (self.F + self.biased) * s.p)
+
+    def multiply_gradient(self, tape: Tape) -> None:
+        """The two products of a dy that has entered the region."""
+        s = self.sizes
+        with cast_weight(tape, s, s.E * self.F):
+            tape.alloc(s.N * self.F * s.c)
+            tape.matmul(s.N, s.E, self.F, s.c)
+        weight_gradient(tape, s, s.E, self.F)
+        Region(s).close(tape)
 
     def _forward_pipelined(self, tape: Tape) -> None:
         s = self.sizes

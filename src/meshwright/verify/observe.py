@@ -67,7 +67,8 @@ def _observe(state: State, batch: Batch, world: World) -> Observation:
     with probing(state.model) as probes:
         loss = forward_backward(state, batch, world)
     gradients = {spec.name: state.states.whole_gradient(spec).detach().clone().cpu() for spec in state.specs}
-    return Observation(world.layout.coordinates(world.rank), float(loss), gradients, probes)
+    joined = probes.joined() if state.job.layout.halves else probes
+    return Observation(world.layout.coordinates(world.rank), float(loss), gradients, joined)
 
 
 def random_values(spec: ParamSpec, seed: int) -> torch.Tensor:

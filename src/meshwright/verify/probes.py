@@ -6,6 +6,7 @@ summed). Comparing probes in program order names the first module that differs.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,13 +23,31 @@ Direction = Literal["activation", "gradient"]
 
 @dataclass
 class Probes:
-    """Tensors by (direction, module), one for each micro-batch, in the order in which they came to be."""
+    """Tensors by (direction, module), one for each micro-batch, in the order of the calls of the module."""
 
     values: dict[tuple[Direction, str], list[torch.Tensor]] = field(default_factory=dict)
+    _numbers: dict[tuple[Direction, str], list[int]] = field(default_factory=dict)
+    _calls: int = 0
 
-    def add(self, direction: Direction, module: str, value: torch.Tensor) -> None:
-        """Keep one."""
-        self.values.setdefault((direction, module), []).append(value.detach().clone())
+    def call(self) -> int:
+        """The number of a call of a module, by which its probes are ordered: in backward they come in any order."""
+        self._calls += 1
+        return self._calls
+
+    def add(self, direction: Direction, module: str, value: torch.Tensor, number: int) -> None:
+        """Keep one, of the module's call of this number."""
+        numbers = self._numbers.setdefault((direction, module), [])
+        place = bisect(numbers, number)
+        numbers.insert(place, number)
+        self.values.setdefault((direction, module), []).insert(place, value.detach().clone())
+
+    def joined(self) -> Probes:
+        """Those of half-batches, by which layers are called one after the other, as one."""
+        whole = {}
+        for key, values in self.values.items():
+            pairs = list(zip(values[::2], values[1::2], strict=True)) if key[1].startswith("layers.") else []
+            whole[key] = [torch.cat(pair) for pair in pairs] or values
+        return Probes(whole)
 
 
 @contextmanager
@@ -56,14 +75,17 @@ def _watch_input(probes: Probes, name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         # Not where nothing is kept: what is computed again in backward is watched then.
         if torch.is_grad_enabled() and isinstance(args[0], torch.Tensor) and args[0].requires_grad:
-            args[0].register_hook(lambda gradient: probes.add("gradient", name, gradient))
+            number = probes.call()
+            args[0].register_hook(lambda gradient: probes.add("gradient", name, gradient, number))
 
     return hook
 
 
 def _keep_output(probes: Probes, name: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if current().phase != "recompute":  # there is one probe a micro-batch: the first pass's
-            probes.add("activation", name, output[0] if isinstance(output, tuple) else output)
+        value = output[0] if isinstance(output, tuple) else output
+        # There is one probe a micro-batch: the first pass's. A half-batch that has only entered has no output yet.
+        if current().phase != "recompute" and isinstance(value, torch.Tensor):
+            probes.add("activation", name, value, probes.call())
 
     return hook

@@ -30,7 +30,7 @@ def shrink_job(job: Job) -> Job:
     parts = 2 * layout.ring * layout.ulysses
     training = replace(
         training,
-        batch=layout.batch_ranks * training.accumulation,
+        batch=layout.batch_ranks * training.accumulation * (2 if layout.halves else 1),
         seq_len=min(training.seq_len, parts * max(1, PART // parts)),
     )
     return replace(job, model=model, training=training)
