@@ -34,7 +34,7 @@ from meshwright.lab import Lab, rate_bytes_per_second
 PARTS = ("matmul", "block", "step", "buckets", "hierarchical")
 MOST_HOSTS = 8
 WARM_UP = 2
-CALLS = 3
+CALLS = 5
 """Samples of each size of a call, for the constants of a link."""
 COPY_BYTES = 32 * 2**20
 MOST_ERROR = 2.0**-15
