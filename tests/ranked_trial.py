@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,4 +106,4 @@ def planted_site(folder: Path, cut_seconds: float, unsplit_seconds: float) -> st
     """PYTHONPATH under which the ranks of any launcher hold their trials by a planted clock."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITE.format(cut=cut_seconds, unsplit=unsplit_seconds))
-    return f"{folder}:{Path(__file__).parent}"
+    return os.pathsep.join(filter(None, [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
