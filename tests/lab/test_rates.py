@@ -45,7 +45,8 @@ def test_what_no_link_has(text: str) -> None:
     ("text", "qdisc"),
     [
         ("1mbit", "tbf rate 1000000bit burst 20000 limit 282144"),
-        ("400mbit", "tbf rate 400000000bit burst 50000 limit 5050000"),
+        ("80mbit", "tbf rate 80000000bit burst 30000 limit 1030000"),
+        ("400mbit", "tbf rate 400000000bit burst 70000 limit 5070000"),
         ("10gbit", "tbf rate 10000000000bit burst 1250000 limit 126250000"),
     ],
 )

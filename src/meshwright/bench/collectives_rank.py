@@ -9,7 +9,7 @@ a tier work at once, as in training. Nothing here judges or converts: bandwidths
 A sample lasts from a barrier of all ranks to the next, on the rank where that is longest, over the number of calls that
 follow each other in between: one where it is slow, many where they are fast. So it has in it all that the groups which
 share a link sent, however unequal their turns. What a link of limited rate lets pass at once after a pause (a token
-bucket's burst, in the lab a millisecond's worth) is a hundredth of it, and so is the barrier. A few calls are
+bucket's burst, in the lab 1 to 3 ms worth) is a small part of it, and so is the barrier. A few calls are
 tried first, to know how many a sample needs.
 """
 

@@ -17,8 +17,10 @@ _SMALLEST_BITS, _LARGEST_BITS = 8_000, 10**12
 _SMALLEST_BURST_BYTES = 20_000
 """Two packets: a bucket smaller than a packet drops it, and so stops the link for ever."""
 _BURST_SECONDS = 0.001
-"""What may pass at once after a pause, in time. Small, so that short messages also take as long as the rate says;
-large enough that at high rates the kernel's segments (64 KiB) pass whole."""
+"""What may pass at once after a pause, in time. Small, so that short messages also take as long as the rate says."""
+_SEGMENT_BYTES, _SEGMENT_SECONDS = 70_000, 0.003
+"""The kernel hands over segments of 64 KiB and headers. A bucket that is smaller makes it cut them to packets, at twice
+the CPU: cores on which ranks compute. So it is as large, unless that would be more than so long."""
 _SMALLEST_QUEUE_BYTES = 256 * 1024
 _QUEUE_SECONDS = 0.1
 """How long a packet may wait in a link's queue before the queue is full and packets are dropped."""
@@ -56,7 +58,8 @@ class Rate:
     @property
     def burst_bytes(self) -> int:
         """Size of the bucket."""
-        return max(_SMALLEST_BURST_BYTES, round(_BURST_SECONDS * self.bytes_per_second))
+        segment = min(_SEGMENT_BYTES, round(_SEGMENT_SECONDS * self.bytes_per_second))
+        return max(_SMALLEST_BURST_BYTES, segment, round(_BURST_SECONDS * self.bytes_per_second))
 
     @property
     def queue_bytes(self) -> int:
