@@ -91,7 +91,7 @@ class Decision:
 
 def options_of(layout: Layout) -> dict[str, Any]:
     """The options that the rules choose."""
-    names = ("overlap", "overlap_chunks", "overlap_ring", "hierarchical", "bucket_mib", "prefetch")
+    names = ("overlap", "overlap_chunks", "overlap_ring", "half_batches", "hierarchical", "bucket_mib", "prefetch")
     return {name: getattr(layout, name) for name in names}
 
 
@@ -139,6 +139,8 @@ def described(layout: Layout) -> str:
     if layout.overlap == "pipelined":
         around = ", both ways around" if layout.overlap_ring == "bidirectional" else ""
         parts.append(f"products in {layout.overlap_chunks} chunk{'s' * (layout.overlap_chunks > 1)}{around}")
+    if layout.half_batches:
+        parts.append("half batches")
     if layout.hierarchical:
         parts.append("hierarchical sums")
     if layout.bucket_mib not in ("auto", Layout().bucket_mib):

@@ -55,7 +55,7 @@ class Candidate(NamedTuple):
 
 def unsplit(layout: Layout) -> Layout:
     """The layout with no rule applied: every operation whole, in program order."""
-    return replace(layout, overlap="none", hierarchical=False)
+    return replace(layout, overlap="none", half_batches=False, hierarchical=False)
 
 
 def candidates(layout: Layout, rules: Sequence[Rule] | None = None) -> Iterator[Candidate]:
@@ -83,6 +83,11 @@ def _pipelined(layout: Layout) -> tuple[Layout, ...]:
     )
 
 
+def _half_batches(layout: Layout) -> tuple[Layout, ...]:
+    """Attention of one half beside MLP of the other; not beside products that are cut themselves."""
+    return (replace(layout, half_batches=True),) if layout.tensor > 1 and layout.overlap == "none" else ()
+
+
 def _hierarchical(layout: Layout) -> tuple[Layout, ...]:
     """Sums of gradients by tiers."""
     return (replace(layout, hierarchical=True),) if layout.gradient_group_size > 1 and not layout.state_axes else ()
@@ -106,6 +111,7 @@ def _prefetch(layout: Layout) -> tuple[Layout, ...]:
 
 RULES = (
     Rule("pipelined products", ("primitive", "workload"), "operation", _pipelined),
+    Rule("half batches", ("workload",), "layer", _half_batches),
     Rule("hierarchical sums", ("primitive", "group"), "model", _hierarchical),
     Rule("buckets", ("workload",), "model", _buckets),
     Rule("prefetch", ("workload",), "model", _prefetch),
