@@ -371,3 +371,44 @@ def test_the_advised_hosts_are_legal(replicate, ring, tensor, devices_per_host):
     if message := tiered(layout, devices_per_host).get("tiers"):
         for advised in re.findall(r"\d+", message.rpartition("hierarchical false")[2]):
             assert "tiers" not in tiered(layout, int(advised))
+
+
+def test_half_batches_halve_the_micro_batch_of_a_rank():
+    halved = Layout(tensor=2, half_batches=True)
+    assert broken(halved) == broken(replace(halved, replicate=4, sequence_parallel=True)) == {}
+    assert broken(halved, batch=5) == {
+        "half_batches": "training.batch = 5 leaves a rank a micro-batch of 5 (layout.half_batches = true halves it): "
+        "use a batch of 4 or 6, or layout.half_batches false"
+    }
+    assert broken(replace(halved, replicate=2, shard=2), batch=12, accumulation=3) == {
+        "half_batches": "training.batch = 12, divided by layout.replicate × layout.shard × training.accumulation = "
+        "2 × 2 × 3 = 12, leaves a rank a micro-batch of 1 (layout.half_batches = true halves it): use a batch of 24, "
+        "or layout.half_batches false"
+    }
+    assert broken(replace(halved, tensor=1), batch=5) == {}, "nothing is halved"
+    assert broken(replace(halved, replicate=2), batch=5).keys() == {"batch"}, "one rule at a time"
+
+
+def test_half_batches_and_cut_products_hide_the_same_communication():
+    assert broken(Layout(tensor=2, half_batches=True, overlap="pipelined")) == {
+        "half_batches_overlap": "layout.half_batches = true with layout.overlap = pipelined would hide the same "
+        "communication twice (a product that is cut waits for all of its own pieces, so that nothing is left to run "
+        "under the other half): use layout.overlap none, or layout.half_batches false"
+    }
+    assert broken(Layout(half_batches=True, overlap="pipelined")) == {}
+
+
+def test_half_batches_need_attention_beside_an_mlp():
+    linear = replace(QUICKSTART.model, block="ffn")
+    assert broken(Layout(tensor=2, half_batches=True), linear, batch=5) == {
+        "half_batches": "layout.half_batches = true needs attention and an MLP to run beside each other, and "
+        "model.block = ffn has linear layers only: use layout.half_batches false"
+    }
+
+
+@given(batch=st.integers(1, 60), replicate=st.integers(1, 4), accumulation=st.integers(1, 4))
+def test_the_advised_batches_can_be_halved(batch, replicate, accumulation):
+    layout, options = Layout(replicate=replicate, tensor=2, half_batches=True), {"accumulation": accumulation}
+    if message := broken(layout, batch=batch, **options).get("half_batches"):
+        for advised in re.findall(r"\d+", message.rpartition("use a batch of")[2]):
+            assert broken(layout, batch=int(advised), **options) == {}

@@ -1,9 +1,10 @@
 """The cells of the agreement matrix: tiny models, layouts, precisions and options.
 
-Four matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
+Five matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
 with every model and recomputation, where precision, chunks of the loss and documents take turns; layouts by how
 they sum gradients and shard states, each with every model, where precision, accumulation and other options take turns;
-and layouts whose products are cut so that communication runs under them, each with every model and ring.
+layouts whose products are cut so that communication runs under them, each with every model and ring; and layouts whose
+blocks run in two half-batches, each with every model.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ LAYOUTS = {
     "replicate 4": Layout(replicate=4),
 }
 
-C = TypeVar("C", "Case", "LongCase", "StateCase", "OverlapCase")
+C = TypeVar("C", "Case", "LongCase", "StateCase", "OverlapCase", "HalfCase")
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
@@ -168,6 +169,31 @@ OVERLAP_CHUNKS = (1, 3, 4)
 
 Ring = Literal["unidirectional", "bidirectional"]
 OVERLAP_RINGS: tuple[Ring, ...] = ("unidirectional", "bidirectional")
+
+HALF_MODELS = {
+    "layernorm_bias_learned": MODELS["layernorm_bias_learned"],
+    "kv_heads_below_degree": LONG_MODELS["kv_heads_below_degree"],
+    "peak_in_blocks": Model(layers=2, d_model=64, d_ff=704, heads=8, kv_heads=4, head_dim=8, vocab_size=16),
+}
+"""In the last one, the most memory is in use inside a block also where nothing is computed again."""
+
+HALF_LAYOUTS = {
+    name: OVERLAP_LAYOUTS[name]
+    for name in (
+        "tensor 2",
+        "tensor 2, sequence parallel",
+        "tensor 4, sequence parallel",
+        "replicate 2 × tensor 2",
+        "shard 2 × tensor 2, zero 1",
+        "shard 2 × tensor 2, zero 2, sequence parallel",
+        "shard 2 × tensor 2, zero 3",
+        "ulysses 2 × tensor 2, sequence parallel",
+        "ring 2 × tensor 2",
+    )
+}
+
+HALF_SEQUENCES = (2, 4)
+"""In a micro-batch of a rank: a half of one sequence is gathered and scattered without a copy, one of two is not."""
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -301,7 +327,40 @@ class OverlapCase(NamedTuple):
         )
 
 
-AnyCase = Case | LongCase | StateCase | OverlapCase
+class HalfCase(NamedTuple):
+    """One cell of the matrix of layouts whose blocks run in two half-batches."""
+
+    model: str
+    layout: str
+    sequences: int
+    recompute: Recompute
+    precision: Precision
+    documents: Documents
+    accumulation: int
+
+    @property
+    def job(self) -> Job:
+        """The job it stands for. The loss is in chunks, so that not all peaks are its own."""
+        layout = replace(HALF_LAYOUTS[self.layout], overlap="none", half_batches=True, recompute=self.recompute)
+        training = Training(
+            batch=self.sequences * layout.batch_ranks * self.accumulation,
+            seq_len=40,
+            accumulation=self.accumulation,
+            precision=self.precision,
+            documents=self.documents,
+            loss_chunk=20,
+            device="cpu",
+        )
+        return Job(name=str(self), model=HALF_MODELS[self.model], layout=layout, training=training)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model}, {self.layout}, half-batches of {self.sequences // 2}, recompute {self.recompute}, "
+            f"{self.precision}, documents {self.documents}, accumulation {self.accumulation}"
+        )
+
+
+AnyCase = Case | LongCase | StateCase | OverlapCase | HalfCase
 
 
 def all_cases() -> list[Case]:
@@ -339,9 +398,17 @@ def all_overlap_cases() -> list[OverlapCase]:
     ]
 
 
+def all_half_cases() -> list[HalfCase]:
+    """Every model and layout, twice; the other options take turns so that all pairs occur."""
+    cells = (cell for _ in range(2) for cell in itertools.product(HALF_LAYOUTS, HALF_MODELS))
+    turns = list(itertools.product(HALF_SEQUENCES, RECOMPUTES, PRECISIONS, DOCUMENTS[1:], ACCUMULATIONS))
+    shuffled = (turns[number * 29 % len(turns)] for number in itertools.count())
+    return [HalfCase(model, layout, *turn) for (layout, model), turn in zip(cells, shuffled, strict=False)]
+
+
 def every_case() -> list[AnyCase]:
     """All matrices."""
-    return [*all_cases(), *all_long_cases(), *all_state_cases(), *all_overlap_cases()]
+    return [*all_cases(), *all_long_cases(), *all_state_cases(), *all_overlap_cases(), *all_half_cases()]
 
 
 def covering_cases(cases: Sequence[C], at_least: int = 0) -> list[C]:
