@@ -165,8 +165,8 @@ def test_unsplit_waits_for_all_it_sends(ranks: Callable[[int], Ranks]) -> None:
 
 
 def test_sums_by_tiers_are_checked(ranks: Callable[[int], Ranks]) -> None:
-    for way in overlap_hierarchical.WAYS:
-        for ledger in ranks(4).run(overlap_hierarchical.check, way, MIB, 2):
+    for way, segments in overlap_hierarchical.SUBJECTS:
+        for ledger in ranks(4).run(overlap_hierarchical.check, way, segments, MIB, 2):
             assert ledger.wire_bytes() == 2 * 3 * MIB // 4
 
 

@@ -53,7 +53,8 @@ def _tiers(rows: Sequence[dict[str, Any]]) -> Any:
     for row in rows:
         place = f"{row['hosts']} × {row['ranks_per_host']}"
         if "subject" in row:
-            table.add_row(place, row["subject"], seconds_text(row["median"]), seconds_text(row["spread"]))
+            whole = f"{row['subject']}, {row['segments']} segment{'s' * (row['segments'] > 1)}"
+            table.add_row(place, whole, seconds_text(row["median"]), seconds_text(row["spread"]))
         elif "comparison" in row:
             figures = f"{row['median']:.3f}", f"{row['spread']:.3f}", _interval(row), f"{row['limit']:g}"
             table.add_row(place, row["comparison"], *figures)
