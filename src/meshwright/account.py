@@ -368,6 +368,10 @@ def _summit(events: Iterable[Event], found: dict[int, _Summit]) -> _Summit:
 # --- timeline ---------------------------------------------------------------------------------------------------------
 
 
+COMPUTE_LANE = "compute"
+"""The lane of the program itself: it computes, or waits."""
+
+
 class Span(NamedTuple):
     """Something that occupied a lane for a while: `compute`, or an axis on a tier such as `tensor:intra`."""
 
@@ -436,7 +440,7 @@ class StepAccount:
     timeline: Timeline = Timeline()
     job: str = ""
     status: str = "executable"
-    time_model: Literal["sum", "timeline", "measured", "none"] = "none"
+    time_model: Literal["timeline", "measured", "none"] = "none"
     overlap: Mapping[str, Any] = field(default_factory=dict)
     """What was cut so that communication runs under computation, and the candidates it was chosen from with their
     prices (`planner.overlap`); empty where nobody chose."""

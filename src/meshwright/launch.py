@@ -51,6 +51,10 @@ def train(job: Job, processes: int | None, runs: Path) -> int:
 def checked(job: Job, processes: int | None = None, *, local_ranks: int | None = None) -> Job:
     """The job with its device resolved. Raises UserError if it cannot run, or not with this number of processes."""
     require_decoder(job, "train")
+    if (
+        local_ranks is not None and job.layout.world > local_ranks
+    ):  # the hosts are as they are, not as they were planned
+        job = replace(job, cluster=replace(job.cluster, devices_per_host=local_ranks))
     require_legal(job)
     if processes is not None:
         check_processes(job.layout, processes)

@@ -15,10 +15,10 @@ import ranked_exposed
 import torch
 from training.tiny import job, write_text
 
-from meshwright.account import Span
+from meshwright.account import COMPUTE_LANE, Span
 from meshwright.comm import exposed, failure, scope
 from meshwright.comm.collectives import Pending
-from meshwright.comm.exposed import COMPUTE_LANE, WaitClock
+from meshwright.comm.exposed import WaitClock
 from meshwright.comm.failure import Call
 from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Layout

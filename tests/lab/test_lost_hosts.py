@@ -105,9 +105,9 @@ def test_a_cut_link_between_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hosts", "layout", "victim"),
     [
-        pytest.param(2, Layout(tensor=2), 0, id="2 hosts", marks=pytest.mark.slow),
+        pytest.param(2, Layout(tensor=2), 0, id="2 hosts"),
         pytest.param(3, Layout(ring=3, ring_order="contiguous"), 2, id="ring of 3", marks=pytest.mark.slow),
-        pytest.param(4, Layout(replicate=2, tensor=2), 2, id="2 x 2"),
+        pytest.param(4, Layout(replicate=2, tensor=2), 2, id="2 x 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_host_is_named_among_several(tmp_path: Path, hosts: int, layout: Layout, victim: int) -> None:

@@ -71,7 +71,7 @@ def test_a_step_without_a_time_has_no_trace(tmp_path: Path, capsys: pytest.Captu
     file = tmp_path / "trace.json"
     assert main(["plan", "quickstart", "--training.precision", "bf16", "--trace", str(file)]) == 2
     assert capsys.readouterr().err.strip() == (
-        "--trace has nothing to show, as the time of a step is not known: set cluster.device.peak_flops, link "
-        "bandwidths, or another --cluster"
+        "--trace has nothing to show (no time, as the bf16 peak of cpu is not known): give a --cluster whose figures "
+        "are known, such as one of meshwright bench calibrate"
     )
     assert not file.exists()

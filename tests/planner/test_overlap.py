@@ -82,7 +82,7 @@ def test_nothing_is_priced_where_nothing_is_exposed_or_known() -> None:
     decision = decide(unknown)
     assert len(decision.options) == 1
     assert decision.chosen.job.layout.overlap == "none"
-    assert summary(decision) == "overlap: nothing cut, as no time is known on this cluster"
+    assert summary(decision) == "overlap: nothing cut; no time is known on this cluster"
 
 
 def test_what_was_given_stays() -> None:

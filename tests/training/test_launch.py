@@ -161,7 +161,7 @@ def test_the_end_of_the_launcher_ends_the_ranks(tmp_path: Path, sent: signal.Sig
         assert process.stderr.read() == ""
 
 
-TIMEOUT_SECONDS = 10
+TIMEOUT_SECONDS = 6
 GRACE_SECONDS = {"train": 15, "torchrun": 40}
 """For asking who is gone, leaving, and killing who does not leave: torchrun lets that one live for half a minute."""
 SLACK_SECONDS = 30
@@ -181,7 +181,7 @@ def test_a_stopped_rank_ends_the_job_within_the_timeout(tmp_path: Path, how: str
         assert len(said) == 1, errors
         call = r"(all_reduce|broadcast|all_gather) over tensor in (forward|backward|optimiser) at \S+"
         assert re.fullmatch(
-            rf"rank 0: {call} got no answer from rank 1 within 10 s \(training\.timeout_seconds\): its host "
+            rf"rank 0: {call} got no answer from rank 1 within 6 s \(training\.timeout_seconds\): its host "
             r"answers and its process does not, it is stopped or hangs; mend that and start the job again",
             said[0],
         )
@@ -200,6 +200,18 @@ def message(refused: Job, processes: int | None = None) -> str:
 
 def test_processes_must_be_the_layouts(tmp_path: Path) -> None:
     assert "--processes 3" in message(job(Layout(tensor=2)), 3)
+
+
+def test_hosts_are_those_on_which_ranks_were_started() -> None:
+    """So that sums by tiers, and prices, are of the links there are."""
+    given = job(Layout(replicate=4))
+    assert given.cluster.devices_per_host == 4
+    assert checked(given, 4, local_ranks=2).cluster.devices_per_host == 2
+    assert checked(given, 4, local_ranks=4).cluster == given.cluster == checked(given).cluster
+    with pytest.raises(
+        UserError, match=r"each gradient group on each of several hosts, .* cluster.devices_per_host = 1"
+    ):
+        checked(job(Layout(replicate=4, hierarchical=True)), 4, local_ranks=1)
 
 
 def test_an_illegal_layout_names_every_rule() -> None:

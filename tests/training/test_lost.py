@@ -131,6 +131,15 @@ def test_who_reaches_no_other_host_suspects_itself() -> None:
     assert not said({**answers, 4: WAITS}, (1, 2), addresses={3: "10.77.0.1"})[1]
 
 
+def test_a_rank_that_cannot_be_asked() -> None:
+    """It is not said to answer."""
+    assert said({1: Answer("unknown"), 2: WAITS}, (1, 2)) == (
+        f"{HEAD} got no answer from rank 1 (10.77.0.2) {WITHIN}, and rank 1 (10.77.0.2) cannot be asked, as no address "
+        "of its host is known: look there first",
+        False,
+    )
+
+
 def test_a_rank_that_is_late() -> None:
     answers = {1: WAITS, 2: Answer("alive", "", 21.2), 3: WAITS}
     assert said(answers, (1, 2, 3)) == (

@@ -205,7 +205,9 @@ def finished(how: str, made: Job, folder: Path, seconds: tuple[float, float]) ->
     return ended.stdout
 
 
-@pytest.mark.parametrize(("how", "seconds"), [("train", SLOWER), ("torchrun", FASTER)])
+@pytest.mark.parametrize(
+    ("how", "seconds"), [("train", SLOWER), pytest.param("torchrun", FASTER, marks=pytest.mark.slow)]
+)
 def test_launched(ranks: Callable[[int], Ranks], tmp_path: Path, how: str, seconds: tuple[float, float]) -> None:
     made = auto_job(tmp_path)
     printed = finished(how, made, tmp_path, seconds)

@@ -26,6 +26,7 @@ SAMPLE = [case for number, case in enumerate(ALL) if number % 6 == -(number // 6
 """Every layout once; models, rings and the other options in turns."""
 
 SPLIT = Layout(tensor=2, sequence_parallel=True, overlap="pipelined", overlap_chunks=2)
+WAYS_OF_4 = replace(SPLIT, tensor=4, overlap_ring="bidirectional")
 
 
 def test_the_selections_cover_the_matrix() -> None:
@@ -84,7 +85,11 @@ def test_one_rank_of_the_axis_has_nothing_to_cut() -> None:
 
 @pytest.mark.parametrize(
     ("split", "batch", "seq_len", "ring"),
-    [(True, 1, 4, "unidirectional"), (True, 3, 8, "bidirectional"), (False, 1, 4, "unidirectional")],
+    [
+        (True, 1, 4, "unidirectional"),
+        pytest.param(True, 3, 8, "bidirectional", marks=pytest.mark.slow),
+        (False, 1, 4, "unidirectional"),
+    ],
 )
 def test_fewer_rows_than_chunks(ranks: Pool, split: bool, batch: int, seq_len: int, ring: str) -> None:
     """A rank has 1, 6 or 4 rows: the chunks are as many as there are rows."""
@@ -116,11 +121,11 @@ def test_right_layouts_agree_everywhere(ranks: Pool, case: OverlapCase) -> None:
     ("fault", "layout", "module", "in_backward"),
     [
         ("wrong way", replace(SPLIT, tensor=4), "layers.0.attention", False),
-        ("wrong way", replace(SPLIT, tensor=4, overlap_ring="bidirectional"), "layers.1.mlp", True),
-        ("counted twice", SPLIT, "layers.0.mlp", False),
+        pytest.param("wrong way", WAYS_OF_4, "layers.1.mlp", True, marks=pytest.mark.slow),
+        pytest.param("counted twice", SPLIT, "layers.0.mlp", False, marks=pytest.mark.slow),
         ("counted twice", SPLIT, "layers.1.attention", True),
         ("piece before", replace(SPLIT, overlap_ring="bidirectional"), "layers.1.attention", False),
-        ("piece before", SPLIT, "layers.0.mlp", True),
+        pytest.param("piece before", SPLIT, "layers.0.mlp", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_fault_of_a_hop_is_named(ranks: Pool, fault: str, layout: Layout, module: str, in_backward: bool) -> None:

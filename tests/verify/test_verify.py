@@ -20,8 +20,12 @@ from jobs import tiny_job
 from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_axis_right, not_a_number, wrong_divisor
 
 from meshwright.comm.ranks import Ranks
-from meshwright.config.tree import Layout
+from meshwright.config.files import load_job
+from meshwright.config.tree import Job, Layout
 from meshwright.errors import UserError
+from meshwright.planner.overlap import resolve
+from meshwright.training.device import resolve_device
+from meshwright.verify import verify as verify_module
 from meshwright.verify.matrix import LAYOUTS, MODELS
 from meshwright.verify.shrink import shrink_job
 from meshwright.verify.verify import check_memory, needed_memory, verify, verify_on
@@ -50,6 +54,19 @@ def test_right_layouts_agree(ranks: Pool, model: str, layout: str, precision: st
     report = verify_on(job, ranks(job.layout.world), every_axis_right)
     assert report.agree, report.text()
     assert report.gradients.checked > 10 and report.rows["formula"] == report.rows["run"] > 0
+
+
+def test_what_is_verified_is_the_overlap_of_the_whole_job(monkeypatch: pytest.MonkeyPatch, ranks: Pool) -> None:
+    """Not that of the smaller model, nor that of the machine it is verified on."""
+    verified: list[Job] = []
+    monkeypatch.setattr(verify_module, "verify_on", lambda job, ranks: verified.append(job))
+    overrides = [("layout.tensor", "8"), ("layout.sequence_parallel", "true"), ("training.batch", "8")]
+    whole = load_job("llama3-8b", overrides)
+    verify(whole, shrink=True, ranks=ranks(1))
+    (job,) = verified
+    assert job.layout == resolve(resolve_device(whole, planning=True)).layout
+    assert job.layout.overlap == "pipelined"
+    assert job.model.layers < whole.model.layers and job.training.device == "cpu"
 
 
 def test_one_device_agrees_with_itself() -> None:

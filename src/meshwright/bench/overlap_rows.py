@@ -165,8 +165,9 @@ def _runnable(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Rows begin with the simplest, as they were measured."""
-    if "auto" in rows[0]:
-        return next(row for row in rows if row["subject"] == row["auto"])
+    asked = [row for row in rows if row["subject"] == row.get("auto")]
+    if asked:  # else it chose what was not measured, as a quick run measures few
+        return asked[0]
     enough = min(row["predicted_seconds"] for row in rows) * (1 + LEAST_GAIN)
     return next(row for row in rows if row["predicted_seconds"] <= enough)
 

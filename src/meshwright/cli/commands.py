@@ -17,7 +17,6 @@ from meshwright.config.legality import complete_world, require_decoder, require_
 from meshwright.config.ranges import world_mistakes
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
-from meshwright.planner.overlap import decide
 
 if TYPE_CHECKING:
     from meshwright.planner.search import Candidate
@@ -40,6 +39,8 @@ def plan(given: options.Plan) -> int:
 
 def rehearse(given: options.Rehearse) -> int:
     """The account of one rank, timed by the planner's estimate."""
+    from meshwright.planner.overlap import decide
+
     decision = decide(_planned(_of_world(_executable(_job(given), "rehearse"), given.world, given.typed)))
     job = decision.chosen.job
     _check_rank(given.rank, job)
@@ -187,8 +188,8 @@ def _write_trace(best: Candidate, file: Path) -> None:
 
     if best.step_seconds is None:
         raise UserError(
-            "--trace has nothing to show, as the time of a step is not known: set cluster.device.peak_flops, link "
-            "bandwidths, or another --cluster"
+            f"--trace has nothing to show ({best.why}): give a --cluster whose figures are known, such as one of "
+            "meshwright bench calibrate"
         )
     account = estimate(best.account, best.job)
     with _writable("--trace", file, "file"):

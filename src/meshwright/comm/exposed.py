@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from meshwright.account import Span
+from meshwright.account import COMPUTE_LANE, Span
 from meshwright.comm import torch_private
 from meshwright.comm.failure import Call
 from meshwright.comm.scope import clocked, current
 
-COMPUTE_LANE = "compute"
 WAIT = "wait"
 """Name of a span of the compute lane in which it waits."""
 

@@ -57,7 +57,8 @@ def failing_as(call: Call | None, *, accepted: bool = False) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if call is None or isinstance(error, CollectiveError) or not (accepted or is_lost_peer(error)):
+        own_fault = "CUDA error" in str(error)  # of a kernel before it, which is only told here
+        if call is None or isinstance(error, CollectiveError) or own_fault or not (accepted or is_lost_peer(error)):
             raise
         seconds = time.perf_counter() - call.issued_seconds
         raise CollectiveError(call, seconds, first_line(error)) from error

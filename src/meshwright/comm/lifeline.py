@@ -35,6 +35,7 @@ State = Literal["alive", "mute", "unreachable", "ended", "unknown"]
 ANSWER_SECONDS = 3.0
 """A thread answers at once, and TCP repeats a lost first packet after a second."""
 _TELL_SECONDS = 1.0
+_RETRY_SECONDS = 0.05
 _MOST_BYTES = 1 << 16
 
 
@@ -70,6 +71,7 @@ class Lifeline:
         self._call: Call | None = None
         self._since = time.monotonic()
         self._lost: set[int] = set()
+        self._closed = False
 
     @classmethod
     def join(cls, rank: int, world: int, host: str) -> Lifeline:
@@ -98,6 +100,7 @@ class Lifeline:
 
     def close(self) -> None:
         """Answer no more."""
+        self._closed = True
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._listener.close()
@@ -121,9 +124,12 @@ class Lifeline:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            with connection, suppress(OSError, ValueError, KeyError, TypeError):
+            except OSError:
+                if self._closed:
+                    return
+                time.sleep(_RETRY_SECONDS)  # a caller that hung up, or too many open files: not the end of this rank
+                continue
+            with connection, suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 connection.settimeout(1.0)
                 question = json.loads(connection.makefile("rb").readline(_MOST_BYTES))
                 if question["token"] == self._token:
@@ -171,7 +177,7 @@ class Lifeline:
         try:
             said = json.loads(line)
             return Answer("alive", said["doing"], said["seconds"], tuple(said["lost"]))
-        except (ValueError, KeyError, TypeError):  # it hung up, or somebody else listens there now
+        except (ValueError, KeyError, TypeError, RecursionError):  # it hung up, or somebody else listens there now
             return Answer("ended")
 
 

@@ -35,7 +35,7 @@ class Clock(Protocol):
     """What learns when the program begins to wait for a collective, and when its result is there, at no cost."""
 
     def begin(self, call: Any) -> None:
-        """The program begins to wait for a `comm.collectives.Call`."""
+        """The program begins to wait for a `comm.failure.Call`."""
 
     def end(self, call: Any) -> None:
         """It goes on. Not called where the collective fails."""

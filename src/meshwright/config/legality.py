@@ -240,7 +240,7 @@ def _sums_by_tiers(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
 
 
 def _share(ranks: tuple[int, ...]) -> str:
-    """`3 and 1 ranks on its 2 hosts`."""
+    """`3 and 1 ranks on its hosts`."""
     if len(set(ranks)) > 1:
         return f"{listed(ranks, 'and')} ranks on its hosts"
     return f"{ranks[0]} rank{'s' * (ranks[0] > 1)} on {f'each of {len(ranks)} hosts' if len(ranks) > 1 else 'one host'}"

@@ -6,6 +6,7 @@ host, between hosts.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ def is_tiered(share: tuple[int, ...]) -> bool:
     return len(share) > 1 and share[0] > 1 and len(set(share)) == 1
 
 
+@functools.cache
 def tiers(layout: Layout, axes: Sequence[str], devices_per_host: int) -> Tiers | None:
     """The tiers that all groups of some axes have; None where they have not, or not the same."""
     found = shares(layout, axes, devices_per_host)

@@ -110,17 +110,18 @@ class Layout:
     ring_order: Literal["contiguous", "zigzag"] = "zigzag"
     """How a ring divides the sequence: one chunk a rank, or one from either end, to balance the causal mask."""
     overlap: Literal["none", "pipelined", "auto"] = "auto"
-    """Whether tensor-parallel products are cut so that their communication runs under them. auto: what the timeline
-    finds fastest on the cluster, of this and the options that follow; they are then set to it."""
+    """pipelined cuts tensor-parallel products so that their communication runs under them; auto chooses by timeline.
+    Of it, of overlap_chunks and prefetch, of half_batches and hierarchical where they are false, and of bucket_mib
+    where that is auto, it takes what the simulated timeline finds fastest on the cluster, and sets them to it."""
     overlap_chunks: int = 4
     """Into how many pieces pipelined cuts each hop, or each sum, of a product."""
     overlap_ring: Literal["unidirectional", "bidirectional"] = "unidirectional"
-    """Whether the pieces of a hop all go to the next rank, or every second one to the one before."""
+    """Whether the pieces of a hop all go to the next rank, or the second half of them to the one before."""
     hierarchical: bool = False
-    """Sum gradients inside each host first, then between hosts, where a host has several ranks of their group."""
+    """Sum gradients inside each host first, then between hosts; needs several ranks of their group on each host."""
     half_batches: bool = False
-    """Run each block in two halves of the micro-batch, so that the tensor-parallel communication of one runs under the
-    other's compute. Nothing where tensor = 1."""
+    """Run each block in two halves of the micro-batch, one computing while the other communicates.
+    It is tensor-parallel communication that hides so: nothing changes where tensor = 1."""
 
     @property
     def halves(self) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from meshwright.account import Timeline
-from meshwright.planner.timeline import COMPUTE_LANE
+from meshwright.account import COMPUTE_LANE, Timeline
 
 MICROSECONDS = 1e6
 

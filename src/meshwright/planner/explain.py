@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.account import StepAccount
+from meshwright.account import COMPUTE_LANE, StepAccount
 from meshwright.config.tree import Job
 from meshwright.planner.step import heaviest
-from meshwright.planner.timeline import COMPUTE_LANE
 from meshwright.planner.wire import tier
 from meshwright.units import format_bytes
 

@@ -99,7 +99,8 @@ def decide(job: Job, price: Price = priced) -> Decision:
     """Price the candidates of a legal job and choose. Of a job whose overlap is given there is one."""
     legal = _legal(job)
     unsplit = _option(job, next(legal), price)
-    if math.isinf(unsplit.seconds) or unsplit.exposed_seconds <= LEAST_GAIN * unsplit.seconds:
+    hidden = unsplit.fits and unsplit.exposed_seconds <= LEAST_GAIN * unsplit.seconds
+    if math.isinf(unsplit.seconds) or hidden:
         return Decision(unsplit, (unsplit,))  # nothing is known, or there is nothing to hide
     found = [unsplit, *(_option(job, candidate, price) for candidate in legal)]
     allowed = [option for option in found if option.fits] or found
@@ -154,7 +155,7 @@ def summary(decision: Decision) -> str:
     """What was chosen, from how many, and what it is worth, in one line."""
     chosen, unsplit, count = decision.chosen, decision.unsplit, len(decision.options)
     if math.isinf(unsplit.seconds):
-        return f"overlap: {described(chosen.job.layout)}, as no time is known on this cluster"
+        return f"overlap: {described(chosen.job.layout)}; no time is known on this cluster"
     exposed = format_seconds(chosen.exposed_seconds)
     what = f"overlap: {described(chosen.job.layout)}, {format_seconds(chosen.seconds)} a step, {exposed} of it exposed"
     if chosen is unsplit:

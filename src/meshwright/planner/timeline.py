@@ -28,9 +28,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from meshwright.account import Compute, Event, Issue, Repeat, Span, Timeline, Trace, Wait, spelt
+from meshwright.account import COMPUTE_LANE, Compute, Event, Issue, Repeat, Span, Timeline, Trace, Wait, spelt
 
-COMPUTE_LANE = "compute"
 TICK_SECONDS = 2.0**-40
 
 

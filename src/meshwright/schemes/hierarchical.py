@@ -25,14 +25,16 @@ that is the same on every backend is worth more.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from meshwright.config.tiers import gradient_tiers
 from meshwright.config.tree import Layout
+from meshwright.schemes.matmul import Steps, gather_steps, scatter_steps
 from meshwright.schemes.replicate import Bucket, Strategy, is_overlapped, sum_partial
-from meshwright.schemes.tape import FLOAT32, Group, Tape
+from meshwright.schemes.tape import FLOAT32, Group, Pipeline, Tape
 
 Stage = Literal["reduce_scatter", "all_reduce", "all_gather"]
 STAGES: tuple[Stage, ...] = ("reduce_scatter", "all_reduce", "all_gather")
@@ -159,17 +161,21 @@ class Hop(NamedTuple):
     receive_from: int
 
 
+_WHOLE = Pipeline(1)
+"""A part is not cut."""
+
+
 def reduce_scatter_hops(rank: int, size: int) -> tuple[Hop, ...]:
     """Each part visits all ranks, its owner last, and every one adds its own: n-1 hops of P/n elements."""
-    return tuple(
-        Hop((rank - hop - 1) % size, (rank - hop - 2) % size, (rank + 1) % size, (rank - 1) % size)
-        for hop in range(size - 1)
-    )
+    return _hops(scatter_steps(rank, size, 1, _WHOLE))
 
 
 def all_gather_hops(rank: int, size: int) -> tuple[Hop, ...]:
     """Each part goes on from its owner to all others: n-1 hops of P/n elements."""
-    return tuple(
-        Hop((rank - hop) % size, (rank - hop - 1) % size, (rank + 1) % size, (rank - 1) % size)
-        for hop in range(size - 1)
-    )
+    return _hops(gather_steps(rank, size, 1, _WHOLE))
+
+
+def _hops(steps: Steps) -> tuple[Hop, ...]:
+    """From what is held at each step of a ring: it goes on, and what the next step holds comes."""
+    held = [step[0] for step in steps]
+    return tuple(Hop(now.part, then.part, now.send_to, now.receive_from) for now, then in itertools.pairwise(held))

@@ -13,7 +13,7 @@ several, along one of three dimensions, at one of three levels:
     model       gradients under backward, gathered parameters under the layers before
 
 A rule is a function from a layout to the layouts that it could become, itself not among them; what else a layout has
-stays as it is. Rules touch options of their own, so that any of them compose: the candidates of a layout are itself and
+stays as it is, half-batches and sums by tiers that were asked for among it. Rules touch options of their own, so that any of them compose: the candidates of a layout are itself and
 whatever any choice of rules makes of it. Nothing is judged here: which of them is legal is `config.legality`'s to say,
 and which is fastest the timeline's (`planner.overlap`).
 """
@@ -23,26 +23,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from meshwright.config.tree import Layout
 
-Dimension = Literal["primitive", "group", "workload"]
-Level = Literal["operation", "layer", "model"]
-Way = Literal["unidirectional", "bidirectional"]
-
 CHUNKS = (1, 2, 4, 8)
 """Pieces into which a hop is cut."""
-BUCKETS_MIB = (2.0, 8.0, 25.0, 64.0)
-PREFETCHES = (1, 2)
+BUCKETS_MIB = (2.0, 8.0, 32.0, 64.0)
+"""That many are tried beside `auto`'s own, of the closed form."""
+MOST_PREFETCH = 2
+"""Units ahead of the one that computes: one more than what fully_shard does by itself."""
 
 
 class Rule(NamedTuple):
     """One way to rewrite a layout."""
 
     name: str
-    dimensions: tuple[Dimension, ...]
-    level: Level
     rewrites: Callable[[Layout], tuple[Layout, ...]]
 
 
@@ -54,8 +50,8 @@ class Candidate(NamedTuple):
 
 
 def unsplit(layout: Layout) -> Layout:
-    """The layout with no rule applied: every operation whole, in program order."""
-    return replace(layout, overlap="none", half_batches=False, hierarchical=False)
+    """The layout with no rule applied: operations whole, in program order, but for what was asked for by name."""
+    return replace(layout, overlap="none")
 
 
 def candidates(layout: Layout, rules: Sequence[Rule] | None = None) -> Iterator[Candidate]:
@@ -70,27 +66,27 @@ def candidates(layout: Layout, rules: Sequence[Rule] | None = None) -> Iterator[
 
 
 def _pipelined(layout: Layout) -> tuple[Layout, ...]:
-    """Shifts, and sums of slices, under the product beside them. Two ways around differ from one above two ranks."""
-    if layout.tensor == 1:
+    """Shifts, and sums of slices, under the product beside them.
+
+    Which way around stays as it is: the timeline has one queue a link, so it cannot tell the two apart.
+    """
+    if layout.tensor == 1 or layout.half_batches:
         return ()
-    both = layout.tensor > 2 and layout.sequence_parallel
-    ways: tuple[Way, ...] = ("unidirectional", "bidirectional") if both else ("unidirectional",)
-    return tuple(
-        replace(layout, overlap="pipelined", overlap_chunks=chunks, overlap_ring=way)
-        for way in ways
-        for chunks in CHUNKS
-        if way == "unidirectional" or chunks > 1
-    )
+    return tuple(replace(layout, overlap="pipelined", overlap_chunks=chunks) for chunks in CHUNKS)
 
 
 def _half_batches(layout: Layout) -> tuple[Layout, ...]:
     """Attention of one half beside MLP of the other; not beside products that are cut themselves."""
-    return (replace(layout, half_batches=True),) if layout.tensor > 1 and layout.overlap == "none" else ()
+    if layout.tensor == 1 or layout.half_batches or layout.overlap != "none":
+        return ()
+    return (replace(layout, half_batches=True),)
 
 
 def _hierarchical(layout: Layout) -> tuple[Layout, ...]:
     """Sums of gradients by tiers."""
-    return (replace(layout, hierarchical=True),) if layout.gradient_group_size > 1 and not layout.state_axes else ()
+    if layout.hierarchical or layout.gradient_group_size == 1 or layout.state_axes:
+        return ()
+    return (replace(layout, hierarchical=True),)
 
 
 def _buckets(layout: Layout) -> tuple[Layout, ...]:
@@ -106,13 +102,13 @@ def _prefetch(layout: Layout) -> tuple[Layout, ...]:
     """Units gathered further ahead."""
     if layout.zero_stage < 2 or not layout.state_axes:
         return ()
-    return tuple(replace(layout, prefetch=count) for count in PREFETCHES if count > layout.prefetch)
+    return (replace(layout, prefetch=MOST_PREFETCH),) if layout.prefetch < MOST_PREFETCH else ()
 
 
 RULES = (
-    Rule("pipelined products", ("primitive", "workload"), "operation", _pipelined),
-    Rule("half batches", ("workload",), "layer", _half_batches),
-    Rule("hierarchical sums", ("primitive", "group"), "model", _hierarchical),
-    Rule("buckets", ("workload",), "model", _buckets),
-    Rule("prefetch", ("workload",), "model", _prefetch),
+    Rule("pipelined products", _pipelined),  # primitives and workload of an operation
+    Rule("half batches", _half_batches),  # workload of a layer
+    Rule("hierarchical sums", _hierarchical),  # primitives and groups, in the model
+    Rule("buckets", _buckets),  # workload of the model
+    Rule("prefetch", _prefetch),
 )

@@ -62,6 +62,11 @@ class Loss:
             return LostPeer(
                 f"{self.call} lost {self._named(ended)}: {whose} ended, see the message there", patient=True
             )
+        if hidden := self.in_state("unknown"):
+            return LostPeer(
+                f"{self._no_answer(hidden)}, and {self._named(hidden)} cannot be asked, as no address of "
+                f"{'its host is' if len(hidden) == 1 else 'their hosts is'} known: look there first"
+            )
         late = [rank for rank in self.others if self._answer(rank).doing != self.call] or list(self.others)
         return LostPeer(
             f"{self._no_answer(late)}, though all ranks answer: {self._doings(late)}; if that is only slow, raise "

@@ -86,10 +86,10 @@ class RunFolder:
         """Keep a trial's figures with the plan of what runs, which is the fallback or not, and forget the other."""
         kept = self.fallback if fall_back else self
         plan = kept.read_account("plan")
-        if fall_back:
-            os.replace(kept.job_file, self.job_file)
-            os.replace(kept.path / "rehearsal.json", self.path / "rehearsal.json")
         self._write("plan", plan | {"overlap": plan["overlap"] | {"trial": dict(trial)}})
+        if fall_back:
+            os.replace(kept.path / "rehearsal.json", self.path / "rehearsal.json")
+            os.replace(kept.job_file, self.job_file)  # last: until then the folder is that of what was chosen
         shutil.rmtree(self.fallback.path)
 
     def write_account(self, name: str, account: StepAccount) -> None:

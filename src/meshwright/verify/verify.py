@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_memory
-from meshwright.config.legality import check_processes
+from meshwright.config.legality import check_processes, require_legal
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
 from meshwright.planner.overlap import resolve
 from meshwright.planner.step import formula, heaviest
 from meshwright.rehearsal.rehearse import rehearse_job
+from meshwright.training.device import resolve_device
 from meshwright.units import format_bytes
 from meshwright.verify.compare import References, compare, reference_job
 from meshwright.verify.observe import Instrument, observe_rank, observe_reference
@@ -26,8 +27,11 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
     """
     if processes is not None:
         check_processes(job.layout, processes)
+    require_legal(job)
+    # The overlap is the one that the whole job would run with, where it would run.
+    job = replace(job, layout=resolve(resolve_device(job, planning=True)).layout)
     job = shrink_job(job) if shrink else job
-    job = resolve(replace(job, training=replace(job.training, device="cpu", compile=False)))
+    job = replace(job, training=replace(job.training, device="cpu", compile=False))
     check_memory(job, available_memory())
     if ranks is not None:
         return verify_on(job, ranks)
