@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.verify.matrix import LAYOUTS, MODELS
@@ -23,3 +26,12 @@ def tiny_job(
         layout=LAYOUTS[layout] if isinstance(layout, str) else layout,
         training=Training(accumulation=accumulation, **(settings | training)),
     )
+
+
+def sampled(cases: Iterable[Any], every: int) -> list[Any]:
+    """Parameters of a test: of so many neighbours one runs by default, the others with `make test-all`."""
+    rows = [case if type(case) is tuple else (case,) for case in cases]
+    return [
+        pytest.param(*row, marks=[pytest.mark.slow] if index % every else [], id=" ".join(map(str, row)))
+        for index, row in enumerate(rows)
+    ]

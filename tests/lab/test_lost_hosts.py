@@ -90,7 +90,6 @@ def end_of(folder: Path, layout: Layout, hosts: int, victim: int, fault: Fault) 
     return code, [line for line in said if line.startswith("rank ")]
 
 
-@pytest.mark.slow
 def test_a_cut_link_between_two(tmp_path: Path) -> None:
     """Each has lost the other."""
     code, said = end_of(tmp_path, Layout(replicate=2), 2, 1, cut)
@@ -123,6 +122,7 @@ def test_a_stopped_host_is_named_among_several(tmp_path: Path, hosts: int, layou
         assert int(line[5]) != victim
 
 
+@pytest.mark.slow
 def test_a_cut_host_does_not_blame_the_others(tmp_path: Path) -> None:
     """It reaches nobody, so it lets those speak who reach each other."""
     code, said = end_of(tmp_path, Layout(replicate=4), 4, 1, cut)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import ranked_curves
-from jobs import LAYOUTS, tiny_job
+from jobs import LAYOUTS, sampled, tiny_job
 
 from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Job, Layout
@@ -44,9 +45,10 @@ def _job(model: str, layout: str | Layout, accumulation: int = 1) -> Job:
     return tiny_job(model, layout, accumulation=accumulation, learning_rate=1e-3)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
-@pytest.mark.parametrize("model", ["grouped_query", "odd_vocabulary"])
+CASES = itertools.product(["grouped_query", "odd_vocabulary"], [name for name in LAYOUTS if name != "1"], [1, 2])
+
+
+@pytest.mark.parametrize(("model", "layout", "accumulation"), sampled(CASES, 3))
 def test_losses_equal_those_of_one_device(
     ranks: Callable[[int], Ranks], model: str, layout: str, accumulation: int
 ) -> None:

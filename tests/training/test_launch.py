@@ -151,7 +151,10 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
 
 
 @needs_proc
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+)
 def test_the_end_of_the_launcher_ends_the_ranks(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     with running_job(tmp_path) as (process, ranks):
         process.send_signal(sent)
@@ -169,7 +172,8 @@ SLACK_SECONDS = 30
 
 
 @needs_proc
-@pytest.mark.parametrize("how", ["train", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the lab stops a host by default (tests/lab/test_lost_hosts.py)
+@pytest.mark.parametrize("how", ["train", "torchrun"])
 def test_a_stopped_rank_ends_the_job_within_the_timeout(tmp_path: Path, how: str) -> None:
     """It is alive for its launcher. Who waits for it says which rank, and what for."""
     with running_job(tmp_path, how, timeout_seconds=TIMEOUT_SECONDS) as (process, ranks):

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jobs import tiny_job
+from jobs import sampled, tiny_job
 from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_axis_right, not_a_number, wrong_divisor
 
 from meshwright.comm.ranks import Ranks
@@ -37,17 +37,18 @@ FORWARD = ["embedding", "layers.0.attention", "layers.0.mlp", "layers.1.attentio
 BACKWARD = ["layers.0.attention", "layers.0.mlp", "layers.1.attention", "layers.1.mlp", "head"]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+PLACES = (
+    ("grouped_query", "replicate 2 × tensor 2"),
+    ("kv_heads_below_tensor", "tensor 4"),
+    ("tied", "tensor 2"),
+    ("layernorm_bias_learned", "replicate 2 × tensor 2"),
+    ("odd_vocabulary", "tensor 4"),
+    ("grouped_query", "replicate 4"),
+)
+
+
 @pytest.mark.parametrize(
-    ("model", "layout"),
-    [
-        ("grouped_query", "replicate 2 × tensor 2"),
-        ("kv_heads_below_tensor", "tensor 4"),
-        ("tied", "tensor 2"),
-        ("layernorm_bias_learned", "replicate 2 × tensor 2"),
-        ("odd_vocabulary", "tensor 4"),
-        ("grouped_query", "replicate 4"),
-    ],
+    ("model", "layout", "precision"), sampled(((*p, precision) for precision in ("float32", "bf16") for p in PLACES), 2)
 )
 def test_right_layouts_agree(ranks: Pool, model: str, layout: str, precision: str) -> None:
     job = tiny_job(MODELS[model], LAYOUTS[layout], precision, accumulation=2)

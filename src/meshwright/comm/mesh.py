@@ -103,7 +103,7 @@ class World:
         They are called `AXIS:intra` and `AXIS:inter`. Ranks fill hosts of `devices_per_host` one after another; the
         axis must have the same number of ranks, more than one, on each of several. Collective over the whole world.
         """
-        axes = tuple(axis.split("*"))
+        axes = axis.split("*")
         assert tiers(self.layout, axes, devices_per_host) is not None, (axis, devices_per_host)
         by_host = [on_hosts(group, devices_per_host) for group in groups(self.layout, axes)]
         members = {

@@ -205,8 +205,8 @@ def _size_of_buckets(layout: Layout, cluster: Cluster) -> Iterator[Violation]:
     sized = layout.gradients == "bucketed" and layout.zero_stage < 2 and layout.gradient_group_size > 1
     if layout.bucket_mib != "auto" or not sized:
         return
-    tiers = {"intra": cluster.devices_per_host > 1, "inter": layout.world > cluster.devices_per_host}
-    unknown = [f"cluster.{tier}.bandwidth" for tier, used in tiers.items() if used]
+    uses = {"intra": cluster.devices_per_host > 1, "inter": layout.world > cluster.devices_per_host}
+    unknown = [f"cluster.{tier}.bandwidth" for tier, used in uses.items() if used]
     unknown = [path for path in unknown if not getattr(cluster, path.split(".")[1]).bandwidth]
     if unknown:
         yield Violation(

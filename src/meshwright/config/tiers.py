@@ -53,9 +53,13 @@ def is_tiered(share: tuple[int, ...]) -> bool:
     return len(share) > 1 and share[0] > 1 and len(set(share)) == 1
 
 
-@functools.cache
 def tiers(layout: Layout, axes: Sequence[str], devices_per_host: int) -> Tiers | None:
     """The tiers that all groups of some axes have; None where they have not, or not the same."""
+    return _tiers(layout, tuple(axes), devices_per_host)
+
+
+@functools.cache
+def _tiers(layout: Layout, axes: tuple[str, ...], devices_per_host: int) -> Tiers | None:
     found = shares(layout, axes, devices_per_host)
     return Tiers(found[0][0], len(found[0])) if len(found) == 1 and is_tiered(found[0]) else None
 

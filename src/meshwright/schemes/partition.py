@@ -13,9 +13,10 @@ several, along one of three dimensions, at one of three levels:
     model       gradients under backward, gathered parameters under the layers before
 
 A rule is a function from a layout to the layouts that it could become, itself not among them; what else a layout has
-stays as it is, half-batches and sums by tiers that were asked for among it. Rules touch options of their own, so that any of them compose: the candidates of a layout are itself and
-whatever any choice of rules makes of it. Nothing is judged here: which of them is legal is `config.legality`'s to say,
-and which is fastest the timeline's (`planner.overlap`).
+stays as it is, half-batches and sums by tiers that were asked for among it. Rules touch options of their own, so that
+any of them compose: the candidates of a layout are itself and whatever any choice of rules makes of it. Nothing is
+judged here: which of them is legal is `config.legality`'s to say, and which is fastest the timeline's
+(`planner.overlap`).
 """
 
 from __future__ import annotations
