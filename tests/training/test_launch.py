@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import sampled
 from training.tiny import MODEL, job, write_text
 
 from meshwright.account import Ledger
@@ -71,6 +72,7 @@ def check_run(folder: Path, printed: str) -> list[float]:
     return [line["loss"] for line in metrics] + [metrics[-1]["heldout_bits_per_byte"]]
 
 
+@pytest.mark.slow
 def test_two_layouts_at_once(tmp_path: Path) -> None:
     """Both ways to start, at the same time, in one folder: each run is whole, and the losses are the same."""
     running = []
@@ -153,7 +155,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
 @needs_proc
 @pytest.mark.parametrize(
     ("sent", "code"),
-    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
+    sampled([(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], 3),
 )
 def test_the_end_of_the_launcher_ends_the_ranks(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     with running_job(tmp_path) as (process, ranks):
@@ -265,6 +267,7 @@ def test_what_only_another_rank_finds_is_said(tmp_path: Path) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_joining_ends_at_the_timeout(tmp_path: Path) -> None:
     """Nobody listens where ranks should meet."""
     process = lone_rank(tmp_path, "--training.timeout_seconds", "2")
@@ -273,7 +276,7 @@ def test_joining_ends_at_the_timeout(tmp_path: Path) -> None:
     assert "rank 1: not all 2 ranks could join within 2 s (training.timeout_seconds): see that every host is" in errors
 
 
-@pytest.mark.parametrize("refused", ["--runs", "--training.data"])
+@pytest.mark.parametrize("refused", sampled(["--runs", "--training.data"], 2))
 def test_what_rank_0_finds_ends_the_others_soon(tmp_path: Path, refused: str) -> None:
     """While they wait for it to join: torch's launcher would kill those who stay after 30 s."""
     (tmp_path / "file").touch()

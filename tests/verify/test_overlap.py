@@ -139,6 +139,7 @@ def test_a_fault_of_a_hop_is_named(ranks: Pool, fault: str, layout: Layout, modu
     assert not report.formula_vs_rehearsal and not report.rehearsal_vs_run
 
 
+@pytest.mark.slow
 def test_rows_that_both_rings_of_an_mlp_send_the_wrong_way(ranks: Pool) -> None:
     """The gather permutes them, the scatter puts them back: only gradients, of what was saved permuted, tell."""
     job = tiny_job("grouped_query", replace(SPLIT, tensor=4))
