@@ -271,7 +271,9 @@ def test_the_page_has_the_constants_and_every_rule() -> None:
 
 def test_the_page_prints_what_a_trial_prints() -> None:
     """Its verdict, from the figures that stand in it."""
-    pattern = r"^(overlap: .* measured ([\d.]+) s a step against ([\d.]+) s with nothing cut: falls back) \("
-    ((line, chosen, whole),) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    made = Trial((float(chosen),) * 4, (float(whole),) * 4)
+    pattern = r"^(overlap: .* measured ([\d.]+) (m?s) a step against ([\d.]+) (m?s) with nothing cut: falls back) \("
+    ((line, *figures),) = re.findall(pattern, PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    units = {"s": 1.0, "ms": 1e-3}
+    chosen, whole = (float(figures[i]) * units[figures[i + 1]] for i in (0, 2))
+    made = Trial((chosen,) * 4, (whole,) * 4)
     assert line == made.line(Layout(tensor=2, overlap="pipelined")).partition(" (")[0]
