@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ranked_matmul import Shape
 from ranked_tensor import SITE
 from reference.precision import error
+from reference.unsharded import ROUNDING, assert_equal, randn, unsharded
 
 from meshwright.account import LedgerKey
 from meshwright.schemes.tape import Pipeline
@@ -32,25 +33,6 @@ PIPELINES = pytest.mark.parametrize(
     ids=lambda p: f"{p.chunks} {p.ring}",
 )
 """Uncut; even or not; both ways; more pieces than rows."""
-
-ROUNDING = 1e-13
-"""Relative to the largest element: float64, sums of at most a few dozen terms."""
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def assert_equal(found, expected, tolerance=ROUNDING):
-    assert found.shape == expected.shape
-    assert error(found, expected) <= tolerance * expected.abs().max()
-
-
-def unsharded(function, leaves, dys):
-    """Outputs and gradients on one device."""
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-    outputs = function(*leaves)
-    return [y.detach() for y in outputs], torch.autograd.grad(outputs, leaves, dys)
 
 
 def joined(by_rank, dim):

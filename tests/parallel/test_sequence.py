@@ -8,6 +8,7 @@ import ranked_tensor as ranked
 import torch
 import torch.nn.functional as F
 from reference.precision import error
+from reference.unsharded import assert_equal, randn, unsharded
 
 from meshwright.account import LedgerKey
 from meshwright.comm.collectives import Axis
@@ -17,25 +18,6 @@ S, E, FEATURES = 8, 8, 12
 WORLDS = pytest.mark.parametrize("world", [2, 4])
 BATCHES = pytest.mark.parametrize("batch", [1, 2])
 """A batch of one is gathered and scattered without a copy: that is another path."""
-
-ROUNDING = 1e-13
-"""Relative to the largest element: float64, sums of at most a few dozen terms."""
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
-
-
-def assert_equal(found, expected, tolerance=ROUNDING):
-    assert found.shape == expected.shape
-    assert error(found, expected) <= tolerance * expected.abs().max()
-
-
-def unsharded(function, leaves, dys):
-    """Outputs and gradients on one device."""
-    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
-    outputs = function(*leaves)
-    return [y.detach() for y in outputs], torch.autograd.grad(outputs, leaves, dys)
 
 
 def rows_of(world, elements, *calls):

@@ -93,7 +93,7 @@ def test_slices(rows: int, count: int, expected: tuple[tuple[int, int], ...]) ->
 def test_segments_of_a_piece_that_two_sequences_share() -> None:
     """2 sequences of 6 positions on 2 ranks, 3 of each: rows 2 to 5 of rank 1's part are one's last, the other's first
     two."""
-    assert list(segments(1, 2, 5, batch=2, length=3, size=2)) == [Segment(2, 5, 1), Segment(3, 9, 2)]
+    assert list(segments(1, 2, 5, length=3, size=2)) == [Segment(2, 5, 1), Segment(3, 9, 2)]
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_segments_map_rows_as_a_reshape_does(batch: int, length: int, size: int,
     stop = data.draw(st.integers(start + 1, batch * length))
     for part in range(size):
         in_whole = [b * size * length + part * length + i for b in range(batch) for i in range(length)]
-        found = list(segments(part, start, stop, batch, length, size))
+        found = list(segments(part, start, stop, length, size))
         assert [row for s in found for row in range(s.in_part, s.in_part + s.rows)] == list(range(start, stop))
         assert [row for s in found for row in range(s.in_whole, s.in_whole + s.rows)] == in_whole[start:stop]
 

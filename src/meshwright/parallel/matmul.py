@@ -9,11 +9,12 @@ along their features have `parallel.matmul_columns`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from meshwright.comm.collectives import Pending
 from meshwright.comm.scope import scope
 from meshwright.parallel.matmul_rings import GatherRing, Rows, ScatterRing, WeightGradient
 from meshwright.parallel.sequence import Region
@@ -27,6 +28,16 @@ def _input_gradient(
     torch.mm(dys[0][rows], weights[0], out=out)
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         out.addmm_(dy[rows], weight)
+
+
+def _sums(whole: torch.Tensor, fill: Callable[[slice], object], region: Region, site: str) -> list[Pending]:
+    """Fill slices of rows one after the other, each summed in place under the next."""
+    assert region.pipeline is not None
+    summing = []
+    for start, stop in slices(len(whole), region.pipeline.chunks):
+        fill(slice(start, stop))
+        summing.append(region.axis.all_reduce(whole[start:stop], site=site))
+    return summing
 
 
 # --- column-parallel --------------------------------------------------------------------------------------------------
@@ -60,7 +71,7 @@ class _Column(torch.autograd.Function):
         size = region.axis.size if region.split else 1
         casts = [weight.to(x.dtype) for weight in weights]
         ys = [x.new_empty(batch * length * size, len(weight)) for weight in casts]
-        place = Rows(batch, length, size)
+        place = Rows(length, size)
 
         def multiply(rows: torch.Tensor, part: int, start: int) -> None:
             for own, whole in place.of(rows, part, start):
@@ -99,7 +110,7 @@ def _column_backward_split(
     steps to run under."""
     assert region.pipeline is not None
     batch, length, features = x.shape
-    x_ME, place = x.flatten(0, 1).contiguous(), Rows(batch, length, region.axis.size)
+    x_ME, place = x.flatten(0, 1).contiguous(), Rows(length, region.axis.size)
     gather = GatherRing(x_ME, region.axis, region.pipeline, site)
     scatter = ScatterRing(x_ME, batch * length, features, region.axis, region.pipeline, site)
     casts, dws = [weight.to(x.dtype) for weight in weights], [torch.empty_like(weight) for weight in weights]
@@ -126,11 +137,8 @@ def _column_backward_whole(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Slices of the input's gradient are summed under its other slices, and under the weights' gradients."""
     x_NE = x.flatten(0, 1)
-    casts, dx, summing = [weight.to(x.dtype) for weight in weights], torch.empty_like(x_NE), []
-    assert region.pipeline is not None
-    for start, stop in slices(len(dx), region.pipeline.chunks):
-        _input_gradient(dys, casts, slice(start, stop), dx[start:stop])
-        summing.append(region.axis.all_reduce(dx[start:stop], site=site))
+    casts, dx = [weight.to(x.dtype) for weight in weights], torch.empty_like(x_NE)
+    summing = _sums(dx, lambda rows: _input_gradient(dys, casts, rows, dx[rows]), region, site)
     casts.clear()
     dws = [torch.mm(dy.T, x_NE).to(weight.dtype) for dy, weight in zip(dys, weights, strict=True)]
     for pending in summing:
@@ -170,7 +178,7 @@ class _Row(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         region: Region = ctx.region
         size = region.axis.size if region.split else 1
-        x_NF, dy_ME, place = x.flatten(0, 1), dy.flatten(0, 1).contiguous(), Rows(dy.shape[0], dy.shape[1], size)
+        x_NF, dy_ME, place = x.flatten(0, 1), dy.flatten(0, 1).contiguous(), Rows(dy.shape[1], size)
         with scope(ctx.site, "backward"):
             db = dy.sum(dim=(0, 1), dtype=weight.dtype) if ctx.biased else None
             cast, dx, dw = weight.to(x.dtype), torch.empty_like(x_NF), torch.empty_like(weight)
@@ -196,7 +204,7 @@ def _row_forward_split(
 ) -> torch.Tensor:
     assert region.pipeline is not None
     batch, length = shape[0], shape[1] // region.axis.size
-    cast, place = weight.to(x_NF.dtype), Rows(batch, length, region.axis.size)
+    cast, place = weight.to(x_NF.dtype), Rows(length, region.axis.size)
     ring = ScatterRing(x_NF, batch * length, len(weight), region.axis, region.pipeline, site)
 
     def multiply(out: torch.Tensor, part: int, start: int) -> None:
@@ -211,12 +219,9 @@ def _row_forward_split(
 def _row_forward_whole(
     x_NF: torch.Tensor, weight: torch.Tensor, shape: torch.Size, region: Region, site: str
 ) -> torch.Tensor:
-    assert region.pipeline is not None
-    cast, y, summing = weight.to(x_NF.dtype), x_NF.new_empty(len(x_NF), len(weight)), []
-    for start, stop in slices(len(y), region.pipeline.chunks):
-        torch.mm(x_NF[start:stop], cast.T, out=y[start:stop])
-        summing.append(region.axis.all_reduce(y[start:stop], site=site))
-    del cast
+    casts, y = [weight.to(x_NF.dtype)], x_NF.new_empty(len(x_NF), len(weight))
+    summing = _sums(y, lambda rows: torch.mm(x_NF[rows], casts[0].T, out=y[rows]), region, site)
+    casts.clear()
     for pending in summing:
         pending.wait()
     return y.view(*shape, -1)

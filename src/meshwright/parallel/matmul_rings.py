@@ -130,12 +130,13 @@ def _shift(axis: Axis, hop: Hop, held: torch.Tensor, into: torch.Tensor, site: s
 class Rows:
     """Rows of a rank's part, [B, S/T] flattened, in tensors of the whole, [B, S] flattened."""
 
-    def __init__(self, batch: int, length: int, size: int) -> None:
-        self._batch, self._length, self._size = batch, length, size
+    def __init__(self, length: int, size: int) -> None:
+        """`length` of each sequence are in a part."""
+        self._length, self._size = length, size
 
     def of(self, rows: torch.Tensor, part: int, start: int) -> list[tuple[torch.Tensor, slice]]:
         """The rows of each sequence, and where they are in the whole."""
-        found = segments(part, start, start + len(rows), self._batch, self._length, self._size)
+        found = segments(part, start, start + len(rows), self._length, self._size)
         return [
             (rows[s.in_part - start : s.in_part - start + s.rows], slice(s.in_whole, s.in_whole + s.rows))
             for s in found

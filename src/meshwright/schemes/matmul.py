@@ -110,7 +110,7 @@ class Segment(NamedTuple):
     rows: int
 
 
-def segments(part: int, start: int, stop: int, batch: int, length: int, size: int) -> Iterator[Segment]:
+def segments(part: int, start: int, stop: int, length: int, size: int) -> Iterator[Segment]:
     """Where rows [start, stop) of a rank's part, `length` of each sequence, are in the whole: a run a sequence."""
     if size == 1:
         yield Segment(start, start, stop - start)
