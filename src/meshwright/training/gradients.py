@@ -40,6 +40,8 @@ def _sum_of_squares(owned: Sequence[Owned], world: World) -> torch.Tensor:
     """Σ |gradient|², a scalar tensor; of a parameter that ranks of its axis have copies of, a copy's share."""
     if not owned:
         return torch.zeros((), device=world.device)
-    norms = torch.stack(torch._foreach_norm([_gradient(one) for one in owned]))
-    shares = [1.0 / one.spec.split.copies if one.spec.split else 1.0 for one in owned]
-    return (norms.square_() * torch.tensor(shares, dtype=norms.dtype, device=norms.device)).sum()
+    norms = torch.stack(torch._foreach_norm([_gradient(one) for one in owned])).square_()
+    for norm, (spec, _) in zip(norms, owned, strict=True):
+        if spec.split and spec.split.copies > 1:  # one by one: a tensor of shares would be copied from the host
+            norm.div_(spec.split.copies)
+    return norms.sum()
