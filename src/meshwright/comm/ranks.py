@@ -1,5 +1,7 @@
 """Real ranks on this machine: forkserver processes with torch preloaded, joined by gloo, used again and again.
 
+On GPUs each rank has its own, and NCCL joins them.
+
     with Ranks(4) as ranks:
         results = ranks.run(function, *arguments)      # function(*arguments) on every rank; results in rank order
 
@@ -52,10 +54,10 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """A pool of `world` ranks with a gloo process group over all of them."""
+    """A pool of `world` ranks with a process group over all of them, on the CPU or with a GPU each."""
 
-    def __init__(self, world: int, *, timeout_seconds: float = 300.0) -> None:
-        self.world, self.timeout_seconds = world, timeout_seconds
+    def __init__(self, world: int, *, timeout_seconds: float = 300.0, on_gpus: bool = False) -> None:
+        self.world, self.timeout_seconds, self.on_gpus = world, timeout_seconds, on_gpus
         self._folder = tempfile.TemporaryDirectory(prefix="meshwright-")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed"])
@@ -70,7 +72,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=serve,
-                args=(rank, self.world, str(store), theirs, self.timeout_seconds),
+                args=(rank, self.world, str(store), theirs, self.timeout_seconds, self.on_gpus),
                 daemon=True,
                 name=f"rank{rank}",
             )
@@ -163,7 +165,7 @@ def _send(pipe: Connection, rank: int, message: Any) -> None:
         raise RankError(rank, f"the process is gone: {error}") from None
 
 
-def serve(rank: int, world: int, store: str, pipe: Connection, timeout_seconds: float) -> None:
+def serve(rank: int, world: int, store: str, pipe: Connection, timeout_seconds: float, on_gpus: bool = False) -> None:
     """Be one rank of a pool: join its group through the file `store`, and call what comes through `pipe`."""
     import torch
     import torch.distributed as dist
@@ -172,8 +174,10 @@ def serve(rank: int, world: int, store: str, pipe: Connection, timeout_seconds: 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # torch's modules live for ever: collections need not walk them
     torch.set_num_threads(1)
+    if on_gpus:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

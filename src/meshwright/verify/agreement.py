@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,7 @@ from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.training.step import Batch, State, audited_step, step
 from meshwright.verify.matrix import AnyCase, HalfCase, OverlapCase, StateCase
-from meshwright.verify.observe import own_batch
+from meshwright.verify.observe import own_batch, own_device
 
 PROFILED_STEPS = 3
 """The profiler sees only this thread's frees: what gloo's thread frees stays in its sum. So its error has one sign,
@@ -72,9 +72,12 @@ class Agreement:
 def check(case: AnyCase, ranks: Ranks, *, thorough: bool = True) -> Agreement:
     """Plan, rehearse and run a case. Formula and run are compared on every rank.
 
-    `thorough` rehearses every rank, not only the last, and lets the profiler witness the peaks.
+    `thorough` rehearses every rank, not only the last, and lets the profiler witness the peaks; not those of ranks on
+    GPUs, where what a kernel takes for itself is not small beside a tiny model (see `bench.footprint`).
     """
     job = case.job
+    if ranks.on_gpus:
+        job, thorough = replace(job, training=replace(job.training, device="cuda")), False
     runs, witnessed = zip(*ranks.run(run_case, job, thorough and _can_be_witnessed(case)), strict=True)
     differences = []
     for rank, run in enumerate(runs):
@@ -104,9 +107,9 @@ def differences_of(a: StepAccount, b: StepAccount) -> Iterator[Difference]:
 
 def run_case(job: Job, profiled: bool) -> tuple[StepAccount, int | None]:
     """On each rank: the account of a second step, and the peak that torch's profiler saw in later ones, if asked."""
-    world = World.create(job.layout, torch.device("cpu"))
+    world = World.create(job.layout, own_device(job))
     state = State.create(job, world)
-    batch = own_batch(job, world.rank)
+    batch = own_batch(job, world.rank, world.device)
     step(state, batch, world)
     _, account = audited_step(state, batch, world)
     if not profiled:

@@ -40,8 +40,8 @@ class References:
 
 
 def reference_job(job: Job) -> Job:
-    """The same job on one device."""
-    return replace(job, layout=Layout())
+    """The same job on one device, with the attention that exists for every device and dtype."""
+    return replace(job, layout=Layout(), training=replace(job.training, attention="sdpa"))
 
 
 def compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,9 +38,9 @@ def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
 
     Run by every rank of the layout, in an initialised process group.
     """
-    world = World.create(job.layout, torch.device("cpu"))
+    world = World.create(job.layout, own_device(job))
     state = _prepare(job, world, instrument)
-    batch = own_batch(job, world.rank)
+    batch = own_batch(job, world.rank, world.device)
     observation = _observe(state, batch, world)
     step(state, batch, world)
     _, observation.account = audited_step(state, batch, world)
@@ -48,10 +48,15 @@ def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
 
 
 def observe_reference(job: Job, *, float64: bool) -> Observation:
-    """One device in this process, in float64 or in the run's precision, gradients rounded to that of their sums."""
-    world = World.single(torch.device("cpu"))
+    """One device in this process, in float64 or in the run's precision, gradients rounded to that of their sums.
+
+    In float64 it is the CPU, whose fused attention takes it; else the kind that the job has.
+    """
+    if float64:
+        job = replace(job, training=replace(job.training, device="cpu"))
+    world = World.single(own_device(job))
     state = _prepare(job, world, None, float64=float64)
-    batch = own_batch(job, 0)
+    batch = own_batch(job, 0, world.device)
     observation = _observe(state, batch, world)
     if not float64 and job.training.reduce_precision != "float32":
         low = DTYPES[job.training.reduce_precision]
@@ -79,9 +84,19 @@ def random_values(spec: ParamSpec, seed: int) -> torch.Tensor:
     return torch.empty(spec.shape).normal_(std=0.2, generator=generator) + float(spec.init == "ones")
 
 
-def own_batch(job: Job, rank: int) -> Batch:
+def own_device(job: Job) -> torch.device:
+    """The CPU, or the GPU that this process has made its own."""
+    if job.training.device == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def own_batch(job: Job, rank: int, device: torch.device | None = None) -> Batch:
     """A rank's part of the global batch."""
-    return shard_batch(*global_batch(job), job, job.layout.coordinates(rank), document_starts(job))
+    whole = (*global_batch(job), document_starts(job))
+    tokens, labels, first = (x if x is None or device is None else x.to(device) for x in whole)
+    assert tokens is not None and labels is not None
+    return shard_batch(tokens, labels, job, job.layout.coordinates(rank), first)
 
 
 def document_starts(job: Job) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ Direction = Literal["activation", "gradient"]
 
 @dataclass
 class Probes:
-    """Tensors by (direction, module), one for each micro-batch, in the order of the calls of the module."""
+    """Tensors by (direction, module), one for each micro-batch, in the order of the calls of the module; on the host."""
 
     values: dict[tuple[Direction, str], list[torch.Tensor]] = field(default_factory=dict)
     _numbers: dict[tuple[Direction, str], list[int]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Probes:
         numbers = self._numbers.setdefault((direction, module), [])
         place = bisect(numbers, number)
         numbers.insert(place, number)
-        self.values.setdefault((direction, module), []).insert(place, value.detach().clone())
+        self.values.setdefault((direction, module), []).insert(place, value.detach().to("cpu", copy=True))
 
     def joined(self) -> Probes:
         """Those of half-batches, by which layers are called one after the other, as one."""
