@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from meshwright.comm.ranks import Ranks
-from meshwright.verify.matrix import every_case
-
 sys.path.insert(0, str(Path(__file__).parent))  # helpers that ranks import by name
+
+from reference.interpreter import import_interpreted
+
+import_interpreted()  # before anything else imports Triton
+
+from meshwright.comm.ranks import Ranks  # noqa: E402
+from meshwright.verify.matrix import every_case  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
