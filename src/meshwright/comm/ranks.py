@@ -42,6 +42,20 @@ def available_memory() -> int:
     return kibibytes * 1024
 
 
+def num_gpus() -> int:
+    """GPUs of this host."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def available_gpu_memory() -> int:
+    """Free bytes of this process's GPU."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
 class RankError(RuntimeError):
     """A rank failed: its number, and its traceback or how it ended."""
 

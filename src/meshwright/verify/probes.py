@@ -23,7 +23,7 @@ Direction = Literal["activation", "gradient"]
 
 @dataclass
 class Probes:
-    """Tensors by (direction, module), one for each micro-batch, in the order of the calls of the module; on the host."""
+    """Tensors by (direction, module), one for each micro-batch, in the order of the module's calls; on the host."""
 
     values: dict[tuple[Direction, str], list[torch.Tensor]] = field(default_factory=dict)
     _numbers: dict[tuple[Direction, str], list[int]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_memory
+from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_gpu_memory, available_memory, num_gpus
 from meshwright.config.legality import check_processes, require_legal
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
@@ -20,7 +20,7 @@ from meshwright.verify.shrink import shrink_job
 
 
 def verify(job: Job, processes: int | None = None, *, shrink: bool = False, ranks: Ranks | None = None) -> VerifyReport:
-    """Verify a job on gloo ranks of this machine.
+    """Verify a job on ranks of this machine, with a GPU each where it has so many and the job may use them.
 
     `shrink` verifies a smaller model of the same divisibility; `ranks` is a pool to use instead of a new one. Raises
     UserError for an illegal layout, processes unequal to its world, or a model too large for this machine's memory.
@@ -31,16 +31,26 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
     # The overlap is the one that the whole job would run with, where it would run.
     job = replace(job, layout=resolve(resolve_device(job, planning=True)).layout)
     job = shrink_job(job) if shrink else job
-    job = replace(job, training=replace(job.training, device="cpu", compile=False))
-    check_memory(job, available_memory())
+    on_gpus = _has_gpus_for(job) if ranks is None else ranks.on_gpus
+    job = replace(job, training=replace(job.training, device="cuda" if on_gpus else "cpu", compile=False))
+    check_memory(job, available_gpu_memory() if on_gpus else available_memory())
     if ranks is not None:
         return verify_on(job, ranks)
-    with Ranks(job.layout.world, timeout_seconds=job.training.timeout_seconds) as own:
+    with Ranks(job.layout.world, timeout_seconds=job.training.timeout_seconds, on_gpus=on_gpus) as own:
         return verify_on(job, own)
 
 
+def _has_gpus_for(job: Job) -> bool:
+    """Whether each rank can have a GPU, and a kernel there takes the job's mask."""
+    training = job.training
+    return training.device != "cpu" and training.documents == "joined" and num_gpus() >= job.layout.world
+
+
 def verify_on(job: Job, ranks: Ranks, instrument: Instrument | None = None) -> VerifyReport:
-    """Verify a legal CPU job on a pool of ranks; `instrument` changes run and rehearsal, not the references."""
+    """Verify a legal job, of the pool's kind of device, on a pool of ranks.
+
+    `instrument` changes run and rehearsal, not the references.
+    """
     runs = ranks.run(observe_rank, job, instrument)
     rehearsals = [rehearse_job(job, rank, instrument) for rank in range(job.layout.world)]
     single = reference_job(job)
@@ -49,8 +59,12 @@ def verify_on(job: Job, ranks: Ranks, instrument: Instrument | None = None) -> V
 
 
 def needed_memory(job: Job) -> int:
-    """Predicted bytes: all ranks at their peak, and the float64 and same-precision references, whose probes stay."""
-    ranks = (2 * heaviest(job).footprint.peak + BYTES_OF_A_RANK) * job.layout.world
+    """Predicted bytes: all ranks at their peak, and the float64 and same-precision references, whose probes stay.
+
+    Of GPUs, those of the first: a rank and the references share it.
+    """
+    world = 1 if job.training.device == "cuda" else job.layout.world
+    ranks = (2 * heaviest(job).footprint.peak + BYTES_OF_A_RANK) * world
     return ranks + 4 * formula(reference_job(job)).footprint.peak
 
 
