@@ -117,7 +117,7 @@ def _run_ranks(job: Job, folder: RunFolder) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from meshwright.comm.torch_private import ending_ranks_within
+    from meshwright.comm.torch_private import ending_ranks_within, shutdown_timeout
 
     _silence("torch.distributed.elastic")
     with tempfile.TemporaryDirectory(prefix="meshwright-") as logs, ending_ranks_within(SHUTDOWN_SECONDS):
@@ -131,8 +131,8 @@ def _run_ranks(job: Job, folder: RunFolder) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=MONITOR_SECONDS,
-            shutdown_timeout=SHUTDOWN_SECONDS,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **shutdown_timeout(SHUTDOWN_SECONDS),
         )
         command = ("-m", "meshwright.training", str(folder.job_file), "--run-folder", str(folder.path))
         try:

@@ -76,6 +76,12 @@ def test_the_launchers_patience_can_be_set() -> None:
     assert patience() == 30
 
 
+def test_a_launcher_takes_what_it_is_told_of_its_patience() -> None:
+    told = torch_private.shutdown_timeout(5)
+    config = torch_private.LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1, **told)
+    assert all(getattr(config, name) == seconds == 5 for name, seconds in told.items())
+
+
 def test_flop_registry_knows_matmul() -> None:
     assert torch_private.flop_registry[torch.ops.aten.mm]((2, 3), (3, 5)) == 2 * 2 * 3 * 5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as fsdp_collectives
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.launcher.api import LaunchConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
@@ -24,17 +26,22 @@ __all__ = [
     "TorchDispatchMode",
     "all_gather_into",
     "ending_ranks_within",
+    "flex_backward",
+    "flex_forward",
+    "flex_mask",
     "flop_registry",
     "fsdp_collectives",
     "group_named",
     "group_of",
     "group_timeout",
     "in_backward",
+    "inductor_compiled",
     "inherited_timeout",
     "is_traceable_wrapper_subclass",
     "num_references",
     "reduce_scatter_into",
     "settle_fully_sharded",
+    "shutdown_timeout",
     "storage_key",
     "unset_fake_temporarily",
 ]
@@ -87,6 +94,15 @@ def ending_ranks_within(seconds: int) -> Iterator[None]:
         yield
 
 
+def shutdown_timeout(seconds: int) -> dict[str, Any]:
+    """The argument of `LaunchConfig` by which its launcher, asked to end, gives ranks so long.
+
+    torch 2.11 has none: it ends them as `ending_ranks_within` says.
+    """
+    known = inspect.signature(LaunchConfig).parameters
+    return {"shutdown_timeout": seconds} if "shutdown_timeout" in known else {}
+
+
 def settle_fully_sharded(root: torch.nn.Module) -> None:
     """Do now what `fully_shard` leaves to the first forward: under fake tensors it makes new sharded parameters."""
     root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
@@ -105,3 +121,67 @@ def num_references(tensor: torch.Tensor) -> int:
 # torch 2.13 renamed the two tensor collectives and warns about the old names.
 all_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# --- FlexAttention below torch.compile --------------------------------------------------------------------------------
+
+_FLEX_OPTIONS = {
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True,
+    "OUTPUT_MAX": False,
+}
+"""What `flex_attention` passes to its operators by default."""
+
+
+def flex_mask(queries: int, keys: int, causal: bool, device: torch.device) -> Any:
+    """The mask by blocks of 128 × 128."""
+    from torch.nn.attention.flex_attention import create_block_mask, noop_mask
+
+    return create_block_mask(_not_after if causal else noop_mask, None, None, queries, keys, device=str(device))
+
+
+def _not_after(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return query >= key
+
+
+def _unchanged(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return score
+
+
+def flex_forward(mask: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Output and log-sum-exp, to the base of 2, of q, k, v [B, heads, length, D]."""
+    from torch._higher_order_ops.flex_attention import flex_attention
+
+    scale = q.shape[-1] ** -0.5
+    return flex_attention(q, k, v, _unchanged, mask.as_tuple(), scale, _FLEX_OPTIONS, (), ())[:2]
+
+
+def flex_backward(
+    mask: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk and dv; `lse` as `flex_forward` gives it."""
+    from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+
+    indices = tuple(q.new_zeros((), dtype=torch.int) for _ in range(4))
+    graphs = create_fw_bw_graph(_unchanged, (q.new_zeros((), requires_grad=True), *indices), ())  # type: ignore[arg-type]
+    scale, nothing = q.shape[-1] ** -0.5, torch.zeros_like(lse)
+    given = (q, k, v, out, lse, dout, nothing, *graphs, mask.as_tuple(), scale, _FLEX_OPTIONS, (), ())
+    return flex_attention_backward(*given)[:3]  # type: ignore[arg-type]
+
+
+def inductor_compiled(function: Callable[..., Any], operands: list[torch.Tensor]) -> Callable[..., Any]:
+    """A function compiled for operands like these. Unlike `torch.compile`, also while a dispatch mode is entered."""
+    from torch._inductor import compile as compile_graph
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        return compile_graph(make_fx(function)(*operands), operands)  # type: ignore[return-value]
