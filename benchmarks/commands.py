@@ -3,6 +3,7 @@
     agreement     every case of the agreement matrix: formula = rehearsal = run, and the profiler's witness
     rehearsal     `meshwright rehearse llama3-405b --layout.tensor 8 --world 1024`: seconds and resident memory
     planning      `meshwright plan llama3-8b --devices 64 --json`: seconds, with start-up
+    attention     `meshwright bench attention`, both grids, on a GPU (10 minutes); `--quick` where there is none
     attention-context
                   `meshwright bench ring`: attention over a divided sequence, ring contiguous and zigzag, Ulysses, both
     collectives   `meshwright bench collectives`: 2 and 4 ranks here, and in the lab 2 hosts of 1 and of 2 ranks
@@ -24,9 +25,11 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from meshwright.bench import attention as bench_attention
 from meshwright.bench import collectives as bench_collectives
 from meshwright.bench import gradients as bench_gradients
 from meshwright.bench import overlap, record, ring
@@ -72,6 +75,16 @@ def planning() -> list[dict[str, Any]]:
     layouts = len(json.loads(runs[0][2])["layouts"])
     about = {"command": "plan llama3-8b --devices 64 --json", "layouts": layouts}
     return [record.row(**about, samples=[run[0] for run in runs], unit="s", limit=0.5, limit_kind="least")]
+
+
+def attention() -> list[dict[str, Any]]:
+    """A row for each measure of each implementation in each cell, and more; see `bench.attention_rows`."""
+    settings = [bench_attention.FLASH, bench_attention.NAIVE]
+    if bench_attention.device_kind(bench_attention.FLASH) == "cpu":
+        settings = [replace(bench_attention.FLASH, **bench_attention.quick("cpu"))]
+    return [
+        row for setting in settings for row in bench_attention.measure(setting, functools.partial(print, flush=True))
+    ]
 
 
 def attention_context() -> list[dict[str, Any]]:
@@ -121,10 +134,14 @@ def _timed(command: list[str]) -> tuple[float, int, str]:
     return seconds, usage.ru_maxrss * 1024, output
 
 
+ON_DEVICE = {"attention": lambda: bench_attention.device_name(bench_attention.FLASH)}
+"""Those that run on a GPU where there is one, and its name."""
+
 BENCHMARKS = {
     "agreement": agreement,
     "rehearsal": rehearsal,
     "planning": planning,
+    "attention": attention,
     "attention-context": attention_context,
     "collectives": collectives,
     "gradients-two-hosts": gradients_two_hosts,
@@ -140,7 +157,8 @@ def main(names: list[str]) -> int:
         print(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     for name in names or BENCHMARKS:
-        print(record.write(name, f"python benchmarks/commands.py {name}", BENCHMARKS[name]()))
+        rows, device = BENCHMARKS[name](), ON_DEVICE.get(name, str)()
+        print(record.write(name, f"python benchmarks/commands.py {name}", rows, device))
     return 0
 
 

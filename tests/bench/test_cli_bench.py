@@ -132,7 +132,8 @@ def test_what_memory_cannot_hold_is_refused(capsys: Capture) -> None:
 
 
 def test_names(capsys: Capture) -> None:
-    assert run(capsys) == (2, "", "bench needs a NAME: give one of ring, collectives, gradients, matmul, calibrate\n")
+    names = "attention, ring, collectives, gradients, matmul, calibrate"
+    assert run(capsys) == (2, "", f"bench needs a NAME: give one of {names}\n")
     assert run(capsys, "rnig") == (2, "", "rnig is not a bench: did you mean ring?\n")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from meshwright.cli.bench_attention import Attention
 from meshwright.errors import UserError
 
 if TYPE_CHECKING:
@@ -259,6 +260,7 @@ def _collectives(given: Collectives | Calibrate) -> collectives.Setting:
 
 
 BENCHES: dict[str, type[Measurement]] = {
+    "attention": Attention,
     "ring": Ring,
     "collectives": Collectives,
     "gradients": Gradients,
