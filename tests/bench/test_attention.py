@@ -135,6 +135,17 @@ def test_what_breaks_is_a_row(error: Exception, status: str, reason: str) -> Non
     assert ("failed" in row_of(rows, kind="time", implementation="sdpa-cpu")) == (status == "failed")
 
 
+def test_a_refusal_of_torch_is_told_in_its_words() -> None:
+    warned = [
+        "Memory efficient kernel not used because: (Triggered internally at /pytorch/sdp_utils.cpp:1.)",
+        "Memory Efficient attention has been runtime disabled. (Triggered internally at /pytorch/sdp_utils.h:2.)",
+        "Flash attention kernel not used because: (Triggered internally at /pytorch/sdp_utils.cpp:3.)",
+        "Expected query, key and value to be of dtype: {Half, BFloat16}. (Triggered internally at /pytorch/x.h:4.)",
+    ]
+    told = attention_run._why(RuntimeError("No available kernel. Aborting execution."), warned)
+    assert told == ("not available", "torch: Expected query, key and value to be of dtype: {Half, BFloat16}.")
+
+
 def test_cells_after_the_deadline_say_so() -> None:
     setting = attention.Setting(
         implementations=("naive",), dtypes=("float32",), seqs=(16,), device="cpu", matmul_size=16, max_seconds=1e-9

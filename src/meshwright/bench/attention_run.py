@@ -8,6 +8,7 @@ warm-up. Then all that are left take turns, forwards and backwards, so that samp
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 import time
 import warnings
@@ -184,6 +185,7 @@ def _prepare(
     found.measured = measured
     try:
         found.kernels = kernels(subject, meter.kind)
+        found.kernels_unknown = "" if found.kernels else "the profiler saw none"
     except Exception as error:
         found.kernels_unknown = _line(error)
     return found, subject
@@ -268,10 +270,15 @@ def _why(error: Exception, warned: Sequence[str]) -> tuple[Status, str]:
     text = str(error)
     if "No available kernel" in text:
         reasons = [" ".join(line.split()).partition(" (Triggered internally")[0] for line in warned]
+        reasons = [reason for reason in reasons if not _EMPTY_REASON.search(reason)]
         return "not available", f"torch: {' '.join(dict.fromkeys(reasons)) or text}"[:_LONGEST_REASON]
     if "can't allocate memory" in text:
         return "out of memory", _line(error)
     return "failed", _line(error)
+
+
+_EMPTY_REASON = re.compile("runtime disabled|not used because:?$")
+"""What torch says of the backends that were not asked for, and before each reason."""
 
 
 def _line(error: Exception) -> str:

@@ -65,6 +65,7 @@ class Attention:
 
         rows = attention.measure(setting, _silent if self.json else print)
         command, device = setting.command(), attention.device_name(setting)
+        path = record.write("attention", command, rows, device, Path(self.out)) if self.out else None
         if self.json:
             found = record.of("attention", command, rows, device)
             print(encoding.dumps({"records": [found]}, allow_nan=False))
@@ -72,9 +73,7 @@ class Attention:
             from meshwright.cli.show_attention import show_attention
 
             show_attention(rows)
-        if self.out:
-            path = record.write("attention", command, rows, device, Path(self.out))
-            if not self.json:
+            if path:
                 print(f"written: {path}")
         return 1 if any("failed" in row for row in rows) else 0
 
