@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -324,8 +325,9 @@ def _curve_problem(precision: str, metrics: list[dict[str, Any]] | str, first: l
         return metrics
     if isinstance(first, str):
         return "nothing to compare with"
-    pairs = zip((line["loss"] for line in metrics), (line["loss"] for line in first), strict=True)
-    off = max(abs(a - b) / abs(b) for a, b in pairs)
+    losses, others = ([math.nan if line["loss"] is None else line["loss"] for line in of] for of in (metrics, first))
+    errors = [abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True)]
+    off = math.nan if any(map(math.isnan, errors)) else max(errors)
     print(f"  {off:.2e} off, of {LOSS_TOLERANCE[precision]:.2e}")
     return "" if off <= LOSS_TOLERANCE[precision] else f"losses are {off:.1e} off"
 
