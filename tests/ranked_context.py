@@ -26,7 +26,7 @@ from meshwright.parallel.ulysses import to_heads, to_sequence
 from meshwright.schemes.attention import Kernel
 from meshwright.schemes.ring import Order, Schedule, owned_chunks, schedule
 
-KERNEL: Kernel = "flash_for_cpu"
+KERNEL: Kernel = "sdpa_cpu"
 
 
 class Problem(NamedTuple):

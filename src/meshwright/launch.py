@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.account import StepAccount
+from meshwright.config.attention import chosen_attention
 from meshwright.config.legality import check_processes, require_decoder, require_legal
 from meshwright.config.tree import AXES, Job
 from meshwright.planner.estimate import estimate
@@ -97,10 +98,11 @@ def _predict(job: Job, overlap: dict[str, Any], folder: RunFolder) -> tuple[Step
 
 def _summary(job: Job, text: Text, folder: RunFolder, plan: StepAccount, rehearsal: StepAccount) -> str:
     degrees = " × ".join(f"{axis} {job.layout.degree(axis)}" for axis in AXES if job.layout.degree(axis) > 1)
-    seconds = plan.timeline.step_seconds
+    seconds, chosen = plan.timeline.step_seconds, chosen_attention(job.model, job.training)
     lines = {
         "run": str(folder.path),
         "layout": f"{degrees or 'one rank'} on {job.training.device}",
+        **({"attention": f"auto takes {chosen}"} if chosen.asked == "auto" else {}),
         "data": f"{text.corpus.name}: {text.corpus.num_bytes:,} bytes, {len(text.corpus.heldout):,} of them held out",
         "plan": f"peak {format_bytes(plan.footprint.peak)}, {len(plan.ledger.rows)} ledger rows"
         + (f", {format_seconds(seconds)} a step" if seconds is not None else ""),

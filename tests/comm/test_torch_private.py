@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -104,3 +106,22 @@ def _storages(model: nn.Module) -> list[int]:
     parameters = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
     assert len(parameters) == 4
     return [torch_private.storage_key(parameter.to_local().untyped_storage()) for parameter in parameters]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_operators_take_a_log_sum_exp_to_the_base_of_two(causal: bool) -> None:
+    """Not compiled here, for a CPU has no backward: their own dense form, against attention written out."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(2, heads, 130, 16, generator=generator) for heads in (4, 2, 2, 4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    scores = leaves[0] @ leaves[1].repeat_interleave(2, 1).mT / 4
+    if causal:
+        scores = scores + torch.full((130, 130), -torch.inf).triu(1)
+    expected = torch.softmax(scores, -1) @ leaves[2].repeat_interleave(2, 1)
+    base_2 = torch.logsumexp(scores, -1) / math.log(2)
+    mask = torch_private.flex_mask(130, 130, causal, torch.device("cpu"))
+    out, lse = torch_private.flex_forward(mask, q, k, v)
+    assert torch.allclose(out, expected, atol=1e-5) and torch.allclose(lse, base_2, atol=1e-5)
+    found = torch_private.flex_backward(mask, q, k, v, expected.detach(), dout, base_2.detach())
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, dout), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)

@@ -1,11 +1,13 @@
 """Causal attention: output, log-sum-exp and every gradient against the score matrix written out."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from reference.precision import assert_exact, assert_within_twice
 
+from meshwright.config.attention import Kernel
 from meshwright.kernels.attention import causal_attention, choose_kernel
 from meshwright.schemes.attention import expands_heads
 
@@ -31,7 +33,7 @@ def plain(q, k, v):
 
 
 def ours(q, k, v):
-    return causal_attention(q, k, v, "flash_for_cpu")[0]
+    return causal_attention(q, k, v, "sdpa_cpu")[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,7 +50,7 @@ def test_twice_the_error_of_plain_pytorch(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_log_sum_exp(shape):
     q, k, v = inputs(*SHAPES[shape])
-    _, lse = causal_attention(q.requires_grad_(), k, v, "flash_for_cpu")
+    _, lse = causal_attention(q.requires_grad_(), k, v, "sdpa_cpu")
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert not lse.requires_grad
     assert torch.allclose(lse, torch.logsumexp(plain_scores(q, k), dim=-1), rtol=1e-13)
@@ -72,8 +74,9 @@ def test_gradients_in_any_memory_order():
 
 
 def test_the_kernel_follows_the_device():
-    assert choose_kernel("sdpa", "cpu", torch.bfloat16) == "flash_for_cpu"
-    assert choose_kernel("sdpa", "cuda", torch.bfloat16) == "flash"
-    assert choose_kernel("sdpa", "cuda", torch.float32) == "efficient"
-    assert [expands_heads(kernel, 8, 2) for kernel in ("flash_for_cpu", "efficient", "flash")] == [True, True, False]
-    assert not expands_heads("flash_for_cpu", 8, 8)
+    assert choose_kernel("sdpa", "cpu", torch.bfloat16) == "sdpa_cpu"
+    assert choose_kernel("sdpa", "cuda", torch.bfloat16) == "sdpa_flash"
+    assert choose_kernel("sdpa", "cuda", torch.float32) == "sdpa_efficient"
+    expanding = [kernel for kernel in get_args(Kernel) if expands_heads(kernel, 8, 2)]
+    assert expanding == ["naive", "sdpa_cpu", "sdpa_efficient"]
+    assert not expands_heads("sdpa_cpu", 8, 8)

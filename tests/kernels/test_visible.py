@@ -14,7 +14,7 @@ from meshwright.kernels.attention import attention_backward, attention_forward, 
 from meshwright.kernels.visible import Visible, tiles, visible_backward
 from meshwright.schemes.attention import QUERY_TILE
 
-KERNEL = "flash_for_cpu"
+KERNEL = "sdpa_cpu"
 TILE = 8
 """For 19 queries: two full tiles and a rest."""
 

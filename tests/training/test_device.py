@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from training.tiny import job
 
 from meshwright.config.files import load_cluster
-from meshwright.config.tree import Cluster, Device, Layout
+from meshwright.config.tree import Cluster, Device, Job, Layout
 from meshwright.errors import UserError
 from meshwright.training import device
 from meshwright.training.device import resolve_device
@@ -84,3 +85,55 @@ def test_separate_documents_run_without_gpus(
         assert resolve_device(separate, planning=False).training.device == "cpu"
     on_cpu = job(device="cpu", documents="separate")
     assert resolve_device(on_cpu, planning=False).training.device == "cpu"
+
+
+# --- attention kernels that cannot run here ---------------------------------------------------------------------------
+
+
+def attending(**training: Any) -> Job:
+    """A job whose heads every kernel takes."""
+    tiny = job(**training)
+    return replace(tiny, model=replace(tiny.model, head_dim=16))
+
+
+@pytest.mark.parametrize(("asked", "interpreted"), [("cpu", "0"), ("auto", "0"), ("cpu", "1"), ("cuda", "0")])
+def test_our_kernel_runs_on_a_cpu_only_if_it_is_interpreted(
+    monkeypatch: pytest.MonkeyPatch, asked: str, interpreted: str
+) -> None:
+    monkeypatch.setattr(device, "_num_gpus", lambda: int(asked == "cuda"))
+    monkeypatch.setattr(device, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    flash = attending(device=asked, attention="flash")
+    assert resolve_device(flash, planning=True)
+    if asked == "cuda" or interpreted == "1":
+        assert resolve_device(flash, planning=False).training.attention == "flash"
+        return
+    with pytest.raises(UserError) as refused:
+        resolve_device(flash, planning=False)
+    assert str(refused.value) == (
+        "training.attention = flash with training.device = cpu needs TRITON_INTERPRET=1 in the environment (a CPU runs "
+        "our kernel in Triton's interpreter only, thousands of times slower): set it, or use training.attention sdpa "
+        "or naive"
+    )
+
+
+def test_our_kernel_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_num_gpus", lambda: 1)
+    monkeypatch.setattr(device, "_has_triton", lambda: False)
+    for asked in ("naive", "sdpa", "flex"):
+        assert resolve_device(attending(device="cuda", attention=asked, precision="bf16"), planning=False)
+    for asked in ("flash", "auto"):
+        with pytest.raises(UserError) as refused:
+            resolve_device(attending(device="cuda", attention=asked, precision="bf16"), planning=False)
+        assert str(refused.value) == (
+            f"training.attention = {asked} needs the package triton, which is not installed (our kernel is written in "
+            "it): pip install triton, or use training.attention sdpa"
+        )
+
+
+def test_what_a_device_cannot_take_is_refused_once_the_device_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_num_gpus", lambda: 0)
+    with pytest.raises(UserError, match="flex has no backward on a CPU"):
+        resolve_device(attending(device="auto", attention="flex"), planning=False)
+    planned = replace(attending(device="auto", attention="flex"), cluster=load_cluster("h100x8"))
+    assert resolve_device(planned, planning=True).training.device == "cuda"

@@ -178,10 +178,10 @@ def flex_backward(
     return flex_attention_backward(*given)[:3]  # type: ignore[arg-type]
 
 
-def inductor_compiled(function: Callable[..., Any], operands: list[torch.Tensor]) -> Callable[..., Any]:
+def inductor_compiled(function: Callable[..., Any], operands: list[Any]) -> Callable[..., Any]:
     """A function compiled for operands like these. Unlike `torch.compile`, also while a dispatch mode is entered."""
     from torch._inductor import compile as compile_graph
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
-        return compile_graph(make_fx(function)(*operands), operands)  # type: ignore[return-value]
+        return compile_graph(make_fx(function)(*operands), operands)

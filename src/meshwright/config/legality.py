@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from meshwright.config.attention import AttentionCall
 from meshwright.config.tiers import is_tiered, shares, tiers
 from meshwright.config.tree import AXES, TOKEN_AXES, Cluster, Job, Layout, Model, Training
 from meshwright.errors import UserError
@@ -29,7 +30,7 @@ def violations(layout: Layout, model: Model, cluster: Cluster, training: Trainin
     found += [*_sharding_of_states(layout, training), *_size_of_buckets(layout, cluster)]
     found += [*_sums_by_tiers(layout, cluster), *_half_batches(layout, model, training)]
     if model.block == "decoder":
-        found += [*_shape_of_attention(model), *_split_of_attention(layout, model)]
+        found += [*_shape_of_attention(model), *_split_of_attention(layout, model), *_kernel_of(model, training)]
     return found
 
 
@@ -97,6 +98,21 @@ def _shape_of_attention(model: Model) -> Iterator[Violation]:
             "head_dim",
             f"model.head_dim = {model.head_dim} is odd (rotary embedding turns pairs of features): "
             f"use {listed(near_multiples(2, model.head_dim))}",
+        )
+
+
+def _kernel_of(model: Model, training: Training) -> Iterator[Violation]:
+    """Of `training.attention`; where the device is open, what holds on every device."""
+    call = AttentionCall.of(model, training)
+    kinds = ("cpu", "cuda") if training.device == "auto" else (training.device,)
+    everywhere = [replace(call, device_kind=kind).refusals(training.attention) for kind in kinds]
+    if all(everywhere):
+        yield from (Violation(rule, message) for rule, message in everywhere[-1])
+    if training.documents == "separate" and training.attention not in ("sdpa", "auto"):
+        yield Violation(
+            "attention_documents",
+            f"training.documents = separate with training.attention = {training.attention} has no mask (only sdpa's "
+            f"kernel takes that of documents): use training.attention sdpa or auto, or training.documents joined",
         )
 
 

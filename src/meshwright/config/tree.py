@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from meshwright.config.attention import Attention
+
 if TYPE_CHECKING:
     from meshwright.config.legality import Violation
 
@@ -290,8 +292,9 @@ class Training:
     """Compute precision. Master weights, gradients and optimiser states are float32 in both."""
     reduce_precision: Literal["float32", "bf16"] = "float32"
     """Precision in which zero 2 and 3 sum gradients over ranks; the others sum in float32."""
-    attention: Literal["sdpa"] = "sdpa"
-    """Attention kernel; sdpa is PyTorch's own fused one for the device."""
+    attention: Attention = "sdpa"
+    """Attention kernel. sdpa: PyTorch's own fused one for the device. flash: ours, FlashAttention-2 in Triton. flex:
+    PyTorch's FlexAttention, compiled. naive: none, scores are kept. auto: what device and shape allow; says what."""
     loss_chunk: int = 0
     """Tokens whose logits exist at a time, so that they are never whole; 0 computes them all at once."""
     steps: int = 100

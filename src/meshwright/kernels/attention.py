@@ -1,5 +1,10 @@
 """Causal attention on one device: a dispatcher over kernels, and the block contract that they keep.
 
+    naive                        products and softmax as separate operations (`kernels.naive`)
+    sdpa_cpu, _flash, _efficient torch's fused kernels, behind its scaled-dot-product attention
+    flash                        ours, FlashAttention-2 in Triton (`kernels.flash_attention`)
+    flex                         torch's FlexAttention, compiled (`kernels.flex`)
+
     q_BSHD  [B, S, H, D]    queries
     k_BSKD  [B, S, K, D]    keys; H/K query heads share one key head
     v_BSKD  [B, S, K, D]    values
@@ -8,8 +13,11 @@
     lse_BHS  [B, H, S]      log-sum-exp of the scaled scores, float32 (float64 for float64)
 
     forward   out = softmax(q kᵀ/√D + causal mask) v
-    saved     q, k, v, out, lse: no score matrix is kept (on CUDA also the kernel's random state, a few bytes)
-    FLOPs     4·B·H·S²·D forward, 10·B·H·S²·D backward (the scores again), the masked half included
+    saved     q, k, v, out, lse: no score matrix is kept (torch's kernels for CUDA: their random state, a few bytes)
+    FLOPs     4·B·H·S²·D forward, 10·B·H·S²·D backward (the scores again), the masked half included in torch's kernels;
+              in ours by whole tiles (`schemes.flash`), 2 products forward and 7 backward
+
+Of naive these are other: it says so itself.
 
 The kernel follows the *job's* device, not a tensor's, so that a rehearsal on a laptop calls what the GPU would call.
 """
@@ -21,16 +29,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from meshwright.config.attention import Attention, AttentionCall, Kernel
+from meshwright.kernels.flex import flex_backward, flex_forward
+from meshwright.kernels.naive import naive_backward, naive_causal_attention, naive_forward
 from meshwright.kernels.visible import Visible, visible_backward, visible_forward
-from meshwright.schemes.attention import EFFICIENT_ROWS, Kernel, attention_kernel, expands_heads
+from meshwright.schemes.attention import EFFICIENT_ROWS, expands_heads
 
 aten = torch.ops.aten
 
 
-def choose_kernel(attention: str, device_kind: str, dtype: torch.dtype) -> Kernel:
-    """The kernel of `training.attention` (only `sdpa` exists) for a job's device and compute dtype."""
-    assert attention == "sdpa", attention
-    return attention_kernel(device_kind, half=dtype in (torch.bfloat16, torch.float16))
+def choose_kernel(attention: Attention, device_kind: str, dtype: torch.dtype, head_dim: int = 64) -> Kernel:
+    """The kernel of `training.attention` for a job's device, compute dtype and shape."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return AttentionCall(device_kind, half, head_dim).choose(attention).kernel
 
 
 def causal_attention(
@@ -44,6 +55,9 @@ def causal_attention(
 
     `first_BS`: the position of the first key that each query sees, where documents are separate.
     """
+    if kernel == "naive":
+        assert first_BS is None
+        return naive_causal_attention(q_BSHD, k_BSKD, v_BSKD)
     return _CausalAttention.apply(q_BSHD, k_BSKD, v_BSKD, kernel, first_BS)
 
 
@@ -92,14 +106,20 @@ def attention_forward(
 
     Causal blocks have as many queries as keys. `visible`, where given, is the whole mask. Not differentiable by itself.
     """
+    if kernel == "naive":
+        return *naive_forward(q_BSHD, k_BSKD, v_BSKD, causal=causal)[:2], ()
+    if kernel == "flash":
+        return *_flash().flash_forward(q_BSHD, k_BSKD, v_BSKD, causal=causal), ()
+    if kernel == "flex":
+        return *flex_forward(q_BSHD, k_BSKD, v_BSKD, causal), ()
     q, k, v = _for_kernel(q_BSHD, k_BSKD, v_BSKD, kernel)
     if visible is not None:
-        assert kernel == "flash_for_cpu", kernel
+        assert kernel == "sdpa_cpu", kernel
         return *visible_forward(q, k, v, visible), ()
-    if kernel == "flash_for_cpu":
+    if kernel == "sdpa_cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out.transpose(1, 2), lse, ()
-    if kernel == "flash":
+    if kernel == "sdpa_flash":
         out, lse, *_, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     else:
         out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
@@ -123,16 +143,23 @@ def attention_backward(
 
     `out` and `lse` may be those over more keys than the block's: then these are the block's shares of the gradients.
     """
+    operands = dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD
+    if kernel == "naive":
+        return naive_backward(*operands, lse_BHS, causal=causal)
+    if kernel == "flash":
+        return _flash().flash_backward(*operands, lse_BHS.contiguous(), causal=causal)
+    if kernel == "flex":
+        return flex_backward(*operands, lse_BHS, causal)
     q, k, v = _for_kernel(q_BSHD, k_BSKD, v_BSKD, kernel)
     out, dout, queries, keys = out_BSHD.transpose(1, 2), dout_BSHD.transpose(1, 2), q.shape[2], k.shape[2]
     if visible is not None:
-        assert kernel == "flash_for_cpu", kernel
+        assert kernel == "sdpa_cpu", kernel
         dq_BSHD, *dkv = visible_backward(dout, q, k, v, out, lse_BHS, visible)
         dk_BSKD, dv_BSKD = (_collapse(d, k_BSKD.shape[2]).to(k_BSKD.dtype) for d in dkv)
         return dq_BSHD, dk_BSKD, dv_BSKD
-    if kernel == "flash_for_cpu":
+    if kernel == "sdpa_cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse_BHS, 0.0, causal)
-    elif kernel == "flash":
+    elif kernel == "sdpa_flash":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse_BHS.contiguous(), None, None, queries, keys, 0.0, causal, *random
         )
@@ -142,6 +169,13 @@ def attention_backward(
         )
     dk_BSKD, dv_BSKD = (_collapse(d.transpose(1, 2), k_BSKD.shape[2]) for d in (dk, dv))
     return dq.transpose(1, 2), dk_BSKD, dv_BSKD
+
+
+def _flash() -> Any:
+    """Our kernel, which imports Triton: loaded when first asked for."""
+    from meshwright.kernels import flash_attention
+
+    return flash_attention
 
 
 def _for_kernel(

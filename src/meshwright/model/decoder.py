@@ -269,7 +269,7 @@ class Decoder(nn.Module):
             ulysses=world.axes["ulysses"],
             ring=world.axes["ring"],
             order=layout.ring_order,
-            kernel=choose_kernel(job.training.attention, job.training.device, dtype),
+            kernel=choose_kernel(job.training.attention, job.training.device, dtype, model.head_dim),
             recompute=layout.recompute == "selective",
         )
         self.config, self.dtype = model, dtype

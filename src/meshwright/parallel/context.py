@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from meshwright.comm.collectives import Axis
+from meshwright.config.attention import Kernel
 from meshwright.kernels.attention import causal_attention
 from meshwright.parallel.recompute import rerun
 from meshwright.parallel.ring import ring_attention
 from meshwright.parallel.ulysses import to_heads, to_sequence
-from meshwright.schemes.attention import Kernel
 from meshwright.schemes.ring import Order, schedule
 
 

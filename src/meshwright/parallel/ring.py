@@ -19,10 +19,10 @@ import torch
 
 from meshwright.comm.collectives import Axis
 from meshwright.comm.scope import scope
+from meshwright.config.attention import Kernel
 from meshwright.kernels.attention import attention_backward, attention_forward
 from meshwright.kernels.pointwise import accumulation_dtype
 from meshwright.kernels.visible import Visible
-from meshwright.schemes.attention import Kernel
 from meshwright.schemes.ring import Block, Schedule, Step
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -77,9 +77,10 @@ def model_flops(job: Job) -> int:
 
     Backward is twice forward: a gradient for each of the two inputs of a product. They are those of one device over
     the number of ranks, attention's whole score matrix included, so that no layout changes them: not copies of
-    key-value heads, blocks that a ring leaves out, padding, nor what is computed a second time to save memory.
+    key-value heads, blocks that a ring leaves out, padding, nor what is computed a second time to save memory. Nor does
+    an attention kernel: one that skips what the mask hides has a higher utilisation, for it is faster.
     """
-    single = replace(job, layout=Layout(), training=replace(job.training, accumulation=1))
+    single = replace(job, layout=Layout(), training=replace(job.training, accumulation=1, attention="sdpa"))
     return 3 * forward_flops(single) // job.layout.world
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.account import COMPUTE_LANE, StepAccount
+from meshwright.config.attention import chosen_attention
 from meshwright.config.tree import Job
 from meshwright.planner.step import heaviest
 from meshwright.planner.wire import tier
@@ -27,23 +28,27 @@ def notes(job: Job, devices: int) -> tuple[str, ...]:
         found.append(
             f"{devices} devices need {hosts} hosts and cluster {cluster.name} has {cluster.hosts}: hosts are added"
         )
+    attention = chosen_attention(job.model, job.training)
+    if job.training.attention == "auto" and job.model.block == "decoder":
+        found.append(f"training.attention = auto takes {attention}")
     if job.model.block == "ffn":
         found.append("the model is two linear layers a block: no attention, vocabulary or loss is priced")
     elif job.layout.recompute == "selective":
-        found.append(_selective(job))
+        found.append(_selective(job, keeps_scores=attention.kernel == "naive" and job.layout.ring == 1))
     return tuple(found)
 
 
-def _selective(job: Job) -> str:
-    """What selective recomputation saves and costs: little saved, as fused kernels keep no scores anyhow."""
+def _selective(job: Job, *, keeps_scores: bool) -> str:
+    """What selective recomputation saves and costs: little saved, where kernels keep no scores anyhow."""
     selective = heaviest(job)
     none = heaviest(replace(job, layout=replace(job.layout, recompute="none")))
     activations = none.footprint.bytes["saved_activations"]
     saved = activations - selective.footprint.bytes["saved_activations"]
     again = selective.work.flops(phase="recompute")
+    because = "" if keeps_scores else ", because the fused attention kernel keeps no scores anyhow"
     return (
-        f"selective recomputation saves {format_bytes(saved)} of {format_bytes(activations)} of activations, because "
-        f"the fused attention kernel keeps no scores anyhow, for {again / none.work.flops():.0%} more FLOPs"
+        f"selective recomputation saves {format_bytes(saved)} of {format_bytes(activations)} of activations{because}, "
+        f"for {again / none.work.flops():.0%} more FLOPs"
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.account import StepAccount
+from meshwright.config.attention import chosen_attention
 from meshwright.config.legality import Violation, divisors, listed, near_multiples, require_legal
 from meshwright.config.tree import AXES, Job, Layout
 from meshwright.errors import UserError
@@ -101,6 +102,7 @@ class Plan:
         return {
             "job": self.job.name,
             "cluster": self.job.cluster.name,
+            "attention": chosen_attention(self.job.model, self.job.training).to_json(),
             "layouts": [candidate.to_json() for candidate in self.layouts],
             "rejected": [vars(group) for group in self.rejected],
             "notes": list(self.notes),

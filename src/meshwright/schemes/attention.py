@@ -1,27 +1,26 @@
-"""Attention on one device by formula: one call of a fused kernel, whole or as a block of a ring. `kernels.attention`.
+"""Attention on one device by formula: one call of a kernel, whole or as a block of a ring. `kernels.attention`.
 
-A kernel keeps q, k, v, out and one float32 a head and row, never a score matrix. Its backward makes the scores again:
-five products of the size of the score matrix against two forward, a masked half included.
+A fused kernel keeps q, k, v, out and one float32 a head and row, never a score matrix. Its backward makes the scores
+again: five products of the size of the score matrix against two forward. torch's kernels are counted with the masked
+half; ours and FlexAttention by the tiles that they visit, backward as two kernels of seven products (`schemes.flash`).
+Which kernel it is, and what it takes, says `config.attention`; what goes without a fused kernel is `schemes.naive`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from meshwright.config.attention import Kernel as Kernel
+from meshwright.schemes.flash import FlashTile, Mask, backward_flops, flash_tile, forward_flops
+from meshwright.schemes.naive import NaiveAttention
 from meshwright.schemes.tape import BOOL, FLOAT32, INT64, Sizes, Tape
 
-Kernel = Literal["flash_for_cpu", "flash", "efficient"]
-"""The fused kernels behind torch's scaled-dot-product attention."""
+SHARES_HEADS: tuple[Kernel, ...] = ("sdpa_flash", "flash", "flex")
+"""Kernels in which query heads share keys and values."""
 
-
-def attention_kernel(device_kind: str, *, half: bool) -> Kernel:
-    """The kernel for a device and a compute dtype of two bytes or more: CUDA's flash has no float32."""
-    if device_kind == "cpu":
-        return "flash_for_cpu"
-    return "flash" if half else "efficient"
-
+FLEX_TILE = FlashTile(128, 128, 128, 128, 128, 128)
+"""The blocks of FlexAttention's mask: what lies in an empty one is left out. It, too, has two kernels in backward."""
 
 QUERY_TILE = 128
 """Queries for which the mask of separate documents exists at a time."""
@@ -31,22 +30,28 @@ EFFICIENT_ROWS = 32
 
 
 def expands_heads(kernel: Kernel, heads: int, kv_heads: int) -> bool:
-    """Whether a kernel needs keys and values repeated for each query head: only CUDA's flash shares them."""
-    return kernel != "flash" and heads != kv_heads
+    """Whether a kernel needs keys and values repeated for each query head."""
+    return kernel not in SHARES_HEADS and heads != kv_heads
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """One call of a fused kernel: `queries` rows of q [B, S, H, D] against `keys` rows of k and v [B, S, K, D]."""
+    """One call of a kernel: `queries` rows of q [B, S, H, D] against `keys` rows of k and v [B, S, K, D]."""
 
     sizes: Sizes
     queries: int
     keys: int
+    causal: bool = True
 
     @property
     def kernel(self) -> Kernel:
         """Which kernel runs."""
-        return attention_kernel(self.sizes.device_kind, half=self.sizes.casts)
+        return self.sizes.kernel
+
+    @property
+    def unfused(self) -> NaiveAttention:
+        """The same without a fused kernel."""
+        return NaiveAttention(self.sizes, self.queries, self.keys, self.causal)
 
     @property
     def expands(self) -> bool:
@@ -81,38 +86,53 @@ class AttentionKernel:
     @property
     def lse_bytes(self) -> int:
         """Bytes of the log-sum-exp; the efficient kernel fills its rows up."""
-        rows = EFFICIENT_ROWS if self.kernel == "efficient" else 1
+        rows = EFFICIENT_ROWS if self.kernel == "sdpa_efficient" else 1
         return self.row_bytes // self.queries * (-(-self.queries // rows) * rows)
 
     @property
     def random_bytes(self) -> int:
         """Bytes of the kernel's random state."""
-        return {"flash_for_cpu": 0, "flash": 24, "efficient": 16}[self.kernel]
+        return {"sdpa_flash": 24, "sdpa_efficient": 16}.get(self.kernel, 0)
 
-    def flops(self, products: int) -> int:
-        """FLOPs of so many products of the size of the score matrix, a masked half included."""
+    @property
+    def flops(self) -> tuple[int, int]:
+        """FLOPs forward and backward."""
         s = self.sizes
-        return 2 * products * s.B * s.H * self.queries * self.keys * s.D
+        if self.kernel in ("flash", "flex"):
+            tile = FLEX_TILE if self.kernel == "flex" else flash_tile(s.D, s.c)
+            call = s.B, s.H, self.queries, self.keys, s.D, tile, Mask(self.causal)
+            return forward_flops(*call), backward_flops(*call)
+        product = 2 * s.B * s.H * self.queries * self.keys * s.D
+        return 2 * product, 5 * product
 
     def forward(self, tape: Tape, out_category: str, statistics_category: str) -> None:
         """Makes out, and log-sum-exp and random state."""
+        if self.kernel == "naive":
+            self.unfused.forward(tape, out_category, statistics_category, "temporaries")
+            tape.free(self.unfused.probability_bytes)
+            return
         with tape.holding(2 * self.expanded_bytes):
             tape.alloc(self.q_bytes, out_category)
             tape.alloc(self.lse_bytes + self.random_bytes, statistics_category)
             if self.sizes.documents:
                 self._by_tiles(tape, _Tile.forward)
                 return
-            tape.attention(self.flops(2), 2 * self.q_bytes + 2 * self.read_kv_bytes + self.lse_bytes)
+            tape.attention(self.flops[0], 2 * self.q_bytes + 2 * self.read_kv_bytes + self.lse_bytes)
 
     def backward(self, tape: Tape, copied_bytes: int = 0) -> None:
         """Makes dq, dk, dv; `copied_bytes` of log-sum-exp are laid out anew for the kernel."""
         if self.sizes.documents:
             self._backward_by_tiles(tape)
             return
+        if self.kernel == "naive":
+            self.unfused.backward_of_block(tape)
+            return
+        delta_bytes = self.row_bytes if self.kernel == "flash" else 0
         with tape.holding(2 * self.expanded_bytes):
-            with tape.holding(copied_bytes):
+            with tape.holding(copied_bytes + delta_bytes):
                 tape.alloc(self.q_bytes + 2 * self.read_kv_bytes)
-            tape.attention(self.flops(5), 4 * self.q_bytes + 4 * self.read_kv_bytes + self.lse_bytes)
+            tape.elementwise(3 * delta_bytes)
+            tape.attention(self.flops[1], 4 * self.q_bytes + 4 * self.read_kv_bytes + self.lse_bytes)
             if self.expands:
                 tape.alloc(2 * self.kv_bytes)
                 tape.free(2 * self.read_kv_bytes)
@@ -173,7 +193,7 @@ class _Tile:
         k = self.kernel
         self._mask(tape)
         with tape.holding(k.q_bytes + k.row_bytes):
-            tape.attention(k.flops(2), 2 * k.q_bytes + 2 * k.read_kv_bytes + k.row_bytes)
+            tape.attention(k.flops[0], 2 * k.q_bytes + 2 * k.read_kv_bytes + k.row_bytes)
         tape.free(self.mask_bytes + k.sizes.B * k.queries * BOOL)
 
     def backward(self, tape: Tape) -> None:
@@ -182,13 +202,13 @@ class _Tile:
         self._mask(tape)
         tape.free(k.sizes.B * k.queries * BOOL)
         with tape.holding(k.q_bytes + 2 * k.read_kv_bytes):
-            tape.attention(k.flops(5), 4 * k.q_bytes + 4 * k.read_kv_bytes + k.row_bytes)
+            tape.attention(k.flops[1], 4 * k.q_bytes + 4 * k.read_kv_bytes + k.row_bytes)
         tape.free(self.mask_bytes)
 
 
 @dataclass(frozen=True)
 class AttentionCore:
-    """softmax(q kᵀ/√D) v by a fused kernel. Keeps q, k, v, out and one float32 a head and row: no score matrix."""
+    """softmax(q kᵀ/√D) v by one kernel call."""
 
     sizes: Sizes
 
@@ -198,8 +218,15 @@ class AttentionCore:
         return AttentionKernel(self.sizes, self.sizes.S, self.sizes.S)
 
     @property
+    def keeps_out(self) -> bool:
+        """Whether its own backward reads out: all but the naive one do."""
+        return self.sizes.kernel != "naive"
+
+    @property
     def statistics_bytes(self) -> int:
         """What it keeps beside q, k, v and out."""
+        if self.sizes.kernel == "naive":
+            return self.whole.unfused.probability_bytes
         return self.whole.lse_bytes + self.whole.random_bytes
 
     @property
@@ -209,11 +236,18 @@ class AttentionCore:
 
     def forward(self, tape: Tape, out_category: str, statistics_category: str) -> None:
         """Makes out and the statistics, from q, k and v."""
+        if self.sizes.kernel == "naive":
+            self.whole.unfused.forward(tape, out_category, "temporaries", statistics_category)
+            tape.free(self.whole.row_bytes)
+            return
         with tape.holding(self._positions_bytes):
             self.whole.forward(tape, out_category, statistics_category)
 
     def backward(self, tape: Tape) -> None:
         """Makes dq, dk, dv."""
+        if self.sizes.kernel == "naive":
+            self.whole.unfused.backward(tape)
+            return
         with tape.holding(self._positions_bytes):
             self.whole.backward(tape)
 

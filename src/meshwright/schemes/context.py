@@ -47,7 +47,7 @@ class ContextAttention:
     @property
     def shares_out(self) -> bool:
         """Whether attention keeps the very output that the layer after it reads and keeps."""
-        return not self.exchanges and not self.reruns
+        return not self.exchanges and not self.reruns and self.core.keeps_out
 
     @property
     def dkv_category(self) -> str:
@@ -65,7 +65,7 @@ class ContextAttention:
         if self.exchanges:
             Exchange(s, (s.H, s.K, s.K)).to_heads(tape, SAVED if tape.keeps else None)
             tape.free(s.N * (s.H + 2 * s.K) * s.D * s.c)
-        keeps_out = not self.exchanges or not self.reruns
+        keeps_out = not self.exchanges or (not self.reruns and core.keeps_out)
         core.forward(tape, SAVED if keeps_out else "temporaries", "temporaries" if self.reruns else SAVED)
         if self.reruns:
             tape.free(core.statistics_bytes)
@@ -90,10 +90,11 @@ class ContextAttention:
             dout_category = exchange.arriving_category
         if self.reruns:
             with tape.at(phase="recompute"):
-                core.forward(tape, SAVED, SAVED)
+                core.forward(tape, SAVED if core.keeps_out else "temporaries", SAVED)
+                tape.free(0 if core.keeps_out else out_bytes)
         core.backward(tape)
         tape.free(out_bytes, dout_category)
-        tape.release(self._qkv_bytes + out_bytes + core.statistics_bytes)
+        tape.release(self._qkv_bytes + (out_bytes if core.keeps_out else 0) + core.statistics_bytes)
         if self.exchanges:
             Exchange(s, (s.H, s.K, s.K)).to_sequence(tape)
             tape.free(out_bytes)

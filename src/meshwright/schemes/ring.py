@@ -156,6 +156,11 @@ class RingCore:
         return AttentionKernel(self.sizes, self.sizes.S, self.sizes.S)
 
     @property
+    def keeps_out(self) -> bool:
+        """Whether its own backward reads out."""
+        return True
+
+    @property
     def statistics_bytes(self) -> int:
         """What it keeps beside q, k, v and out: the first block's log-sum-exp, merged in place, and random state."""
         return self.whole.lse_bytes + self.whole.random_bytes
@@ -164,7 +169,7 @@ class RingCore:
         """The kernel call of a block."""
         chunk = self.sizes.S // CHUNKS_PER_RANK[self.sizes.ring_order]
         queries, keys = block.end_query - block.first_query, block.end_key - block.first_key
-        return AttentionKernel(self.sizes, queries * chunk, keys * chunk)
+        return AttentionKernel(self.sizes, queries * chunk, keys * chunk, block.masked)
 
     def _hop(self, tape: Tape, dtype: str, nbytes: int) -> tuple[int, int]:
         """Post the sending of a pair and the receiving of its like."""
@@ -281,9 +286,9 @@ class RingCore:
         """Makes dk and dv of a block, and adds its dq to the sum."""
         whole = kernel.queries == self.sizes.S
         copied = 0
-        if kernel.kernel == "efficient" and (not whole or kernel.queries % EFFICIENT_ROWS):
+        if kernel.kernel == "sdpa_efficient" and (not whole or kernel.queries % EFFICIENT_ROWS):
             copied = kernel.lse_bytes
-        elif kernel.kernel == "flash" and not whole:
+        elif kernel.kernel in ("sdpa_flash", "flash") and not whole:
             copied = kernel.row_bytes
         kernel.backward(tape, copied)
         exact = self._exact(kernel.q_bytes)

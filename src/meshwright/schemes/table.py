@@ -106,9 +106,10 @@ class Scheme:
         return self.splits.format(layout=self.layout(question.degree))
 
     def can_split(self, question: Question) -> bool:
-        """Whether the sizes are legal."""
+        """Whether the sizes are legal for it; which of them an attention kernel takes is another question."""
         layout = self.layout(question.degree)
-        return not layout.violations(question.model, Cluster(), question.training(layout))
+        broken = layout.violations(question.model, Cluster(), question.training(layout))
+        return all(violation.rule == "attention_head_dim" for violation in broken)
 
     def trace(self, question: Question) -> Trace:
         """Forward and backward of the block on the last rank of the ring, which sees every key; then its gradients."""

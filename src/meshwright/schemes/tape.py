@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from meshwright.account import Compute, Event, Issue, Memory, Repeat, Trace, Wait
+from meshwright.config.attention import Kernel, chosen_attention
 from meshwright.config.tree import Layout, Model, Training
 
 FLOAT32 = 4
@@ -69,8 +70,8 @@ class Sizes:
     T: int
     precision: str
     """Compute precision."""
-    device_kind: str
-    """Kind of the job's device: cpu or cuda."""
+    kernel: Kernel
+    """What computes attention."""
     seq_len: int
     """Tokens of a whole sequence, without padding: rows of a learned position table."""
     U: int = 1
@@ -108,7 +109,7 @@ class Sizes:
             V=-(-model.vocab_size // T),
             T=T,
             precision=training.precision,
-            device_kind=training.device,
+            kernel=chosen_attention(model, training).kernel,
             seq_len=training.seq_len,
             U=layout.ulysses,
             R=layout.ring,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import replace
 from typing import Literal
 
+from meshwright.config.attention import AttentionCall
 from meshwright.config.files import load_device
 from meshwright.config.tree import Device, Job
 from meshwright.errors import UserError
+from meshwright.training.process import TRITON_INTERPRET, interprets_triton
 
 _CATALOG_NAMES = {
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
@@ -24,8 +28,8 @@ def resolve_device(job: Job, *, planning: bool, local_ranks: int | None = None) 
 
     `auto` becomes, for planning, the kind of the cluster's device (a TPU is accounted for like a GPU); for running,
     CUDA if each of the `local_ranks` on this host (default: all ranks) has a GPU, else the CPU. Raises UserError where
-    a run asks for CUDA and this host has too few GPUs, or for a mask that no kernel of the device takes. Planning does
-    not import torch.
+    a run asks for CUDA and this host has too few GPUs, for a mask that no kernel of the device takes, or for a kernel
+    that cannot take its shape or run here. Planning does not import torch.
     """
     job = _resolved(job, planning, local_ranks or job.layout.world)
     if job.training.documents == "separate" and job.training.device != "cpu":
@@ -33,7 +37,30 @@ def resolve_device(job: Job, *, planning: bool, local_ranks: int | None = None) 
             "training.documents = separate needs training.device = cpu (no attention kernel for GPUs takes its mask "
             "yet): use training.documents joined, or training.device cpu"
         )
+    check_attention(job, planning=planning)
     return job
+
+
+def check_attention(job: Job, *, planning: bool) -> None:
+    """Raise UserError where a job's device cannot take its attention kernel, or this machine cannot run it."""
+    call, asked = AttentionCall.of(job.model, job.training), job.training.attention
+    if job.model.block != "decoder":
+        return
+    if refusals := call.refusals(asked):
+        raise UserError("\n".join(message for _, message in refusals))
+    if planning or call.choose(asked).kernel != "flash":
+        return
+    if not _has_triton():
+        raise UserError(
+            f"training.attention = {asked} needs the package triton, which is not installed (our kernel is written in "
+            f"it): pip install triton, or use training.attention sdpa"
+        )
+    if job.training.device == "cpu" and not interprets_triton(os.environ):
+        raise UserError(
+            f"training.attention = {asked} with training.device = cpu needs {TRITON_INTERPRET}=1 in the environment (a "
+            f"CPU runs our kernel in Triton's interpreter only, thousands of times slower): set it, or use "
+            f"training.attention sdpa or naive"
+        )
 
 
 def _resolved(job: Job, planning: bool, ranks: int) -> Job:
@@ -62,6 +89,10 @@ def known_device() -> Device | None:
         return None
     name = _CATALOG_NAMES.get(torch.cuda.get_device_name())
     return load_device(name) if name else None
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _num_gpus() -> int:

@@ -1,7 +1,7 @@
 """This process as one rank: what the launcher says of it, and how it leaves.
 
-The launcher's environment is read here and nowhere else. torch is not imported, so that signals are handled before
-anything slow begins. A rank leaves in one of these ways:
+The environment, that of the launcher and Triton's, is read here and nowhere else. torch is not imported, so that
+signals are handled before anything slow begins. A rank leaves in one of these ways:
 
     the end             the process group is taken down, exit code 0
     SIGTERM, SIGINT     `Ended` is raised wherever the rank is, exit code 128 + signal, no traceback; a rank that is
@@ -52,6 +52,14 @@ class Place:
         rank, world, local_rank, local_world = (int(environment[name]) for name in names)
         master = environment.get("MASTER_ADDR", "")
         return cls(rank, world, local_rank, local_world, launched=True, master=master)
+
+
+TRITON_INTERPRET = "TRITON_INTERPRET"
+
+
+def interprets_triton(environment: Mapping[str, str]) -> bool:
+    """Whether Triton's kernels run in its interpreter, on a CPU; Triton reads the same variable when it is imported."""
+    return environment.get(TRITON_INTERPRET, "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 class Ended(BaseException):

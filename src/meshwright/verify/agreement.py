@@ -26,7 +26,7 @@ from meshwright.config.tree import Job
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.training.step import Batch, State, audited_step, step
-from meshwright.verify.matrix import AnyCase, HalfCase, OverlapCase, StateCase
+from meshwright.verify.matrix import AnyCase, AttentionCase, HalfCase, OverlapCase, StateCase
 from meshwright.verify.observe import own_batch, own_device
 
 PROFILED_STEPS = 3
@@ -91,9 +91,9 @@ def check(case: AnyCase, ranks: Ranks, *, thorough: bool = True) -> Agreement:
 
 
 def _can_be_witnessed(case: AnyCase) -> bool:
-    """Not where products of the matrices of states and of overlap are in bf16: oneDNN's reordered copies of operands,
-    which the profiler alone sees, are not small beside models of three layers, or beside activations that are split."""
-    return case.precision == "float32" or not isinstance(case, StateCase | OverlapCase | HalfCase)
+    """Not where products of the later matrices are in bf16: oneDNN's reordered copies of operands, which the profiler
+    alone sees, are not small beside models of three layers, or beside activations that are split."""
+    return case.precision == "float32" or not isinstance(case, StateCase | OverlapCase | HalfCase | AttentionCase)
 
 
 def differences_of(a: StepAccount, b: StepAccount) -> Iterator[Difference]:

@@ -1,10 +1,10 @@
 """The cells of the agreement matrix: tiny models, layouts, precisions and options.
 
-Five matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
+Six matrices: tensor and data parallelism, the full product; layouts that divide the sequence or compute again, each
 with every model and recomputation, where precision, chunks of the loss and documents take turns; layouts by how
 they sum gradients and shard states, each with every model, where precision, accumulation and other options take turns;
-layouts whose products are cut so that communication runs under them, each with every model and ring; and layouts whose
-blocks run in two half-batches, each with every model.
+layouts whose products are cut so that communication runs under them, each with every model and ring; layouts whose
+blocks run in two half-batches, each with every model; and other attention kernels than torch's, each with every model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar
 
+from meshwright.config.attention import Attention
 from meshwright.config.tree import Cluster, Job, Layout, Model, Training
 
 # Narrow models have four layers: the few kilobytes in which oneDNN reorders a bf16 operand, seen by the profiler alone,
@@ -47,7 +48,7 @@ LAYOUTS = {
     "replicate 4": Layout(replicate=4),
 }
 
-C = TypeVar("C", "Case", "LongCase", "StateCase", "OverlapCase", "HalfCase")
+C = TypeVar("C", "Case", "LongCase", "StateCase", "OverlapCase", "HalfCase", "AttentionCase")
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
@@ -201,6 +202,32 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 LOSS_CHUNKS = (0, 20)
 """20 divides no rank's tokens: the last chunk is a short one."""
 
+
+ATTENTION_MODELS = {
+    "multi_head": Model(layers=3, d_model=64, d_ff=96, heads=4, kv_heads=4, head_dim=16, vocab_size=64),
+    "grouped_query": Model(layers=3, d_model=64, d_ff=96, heads=8, kv_heads=4, head_dim=16, vocab_size=64),
+    "kv_heads_below_degree": Model(
+        layers=3, d_model=32, d_ff=64, heads=4, kv_heads=1, head_dim=16, vocab_size=61, positions="learned"
+    ),
+}
+
+ATTENTION_LAYOUTS = {
+    name: LONG_LAYOUTS[name]
+    for name in (
+        "1",
+        "tensor 2, sequence parallel",
+        "ulysses 2",
+        "ring 2",
+        "ring 3",
+        "ring 3, contiguous",
+        "ring 2 × ulysses 2",
+        "ulysses 2 × tensor 2, sequence parallel",
+        "replicate 2 × ring 2",
+    )
+} | {"tensor 2, half-batches": Layout(tensor=2, overlap="none", half_batches=True)}
+
+OTHER_ATTENTIONS: tuple[Attention, ...] = ("naive", "flash")
+"""Beside sdpa, which the other matrices have. FlexAttention does not run on a CPU."""
 
 Documents = Literal["joined", "separate"]
 DOCUMENTS: tuple[Documents, ...] = ("joined", "joined", "separate")
@@ -360,7 +387,34 @@ class HalfCase(NamedTuple):
         )
 
 
-AnyCase = Case | LongCase | StateCase | OverlapCase | HalfCase
+class AttentionCase(NamedTuple):
+    """One cell of the matrix of attention kernels."""
+
+    attention: Attention
+    model: str
+    layout: str
+    recompute: Recompute
+    precision: Precision
+
+    @property
+    def job(self) -> Job:
+        """The job it stands for: two sequences a rank, of one and a half of our kernel's smallest tiles at least."""
+        layout = replace(ATTENTION_LAYOUTS[self.layout], recompute=self.recompute)
+        training = Training(
+            batch=2 * layout.batch_ranks,
+            seq_len=96,
+            precision=self.precision,
+            loss_chunk=40,
+            attention=self.attention,
+            device="cpu",
+        )
+        return Job(name=str(self), model=ATTENTION_MODELS[self.model], layout=layout, training=training)
+
+    def __str__(self) -> str:
+        return f"{self.attention}, {self.model}, {self.layout}, recompute {self.recompute}, {self.precision}"
+
+
+AnyCase = Case | LongCase | StateCase | OverlapCase | HalfCase | AttentionCase
 
 
 def all_cases() -> list[Case]:
@@ -406,9 +460,21 @@ def all_half_cases() -> list[HalfCase]:
     return [HalfCase(model, layout, *turn) for (layout, model), turn in zip(cells, shuffled, strict=False)]
 
 
+def all_attention_cases() -> list[AttentionCase]:
+    """Every kernel, model, layout and precision; recomputation takes turns so that all pairs occur."""
+    cells = itertools.product(OTHER_ATTENTIONS, ATTENTION_LAYOUTS, ATTENTION_MODELS, PRECISIONS)
+    shuffled = (RECOMPUTES[number * 5 % 37 % len(RECOMPUTES)] for number in itertools.count())
+    return [
+        AttentionCase(attention, model, layout, recompute, precision)
+        for (attention, layout, model, precision), recompute in zip(cells, shuffled, strict=False)
+    ]
+
+
 def every_case() -> list[AnyCase]:
-    """All matrices."""
-    return [*all_cases(), *all_long_cases(), *all_state_cases(), *all_overlap_cases(), *all_half_cases()]
+    """All matrices, but for the cells whose kernel a CPU runs in an interpreter only."""
+    natively = [case for case in all_attention_cases() if case.attention != "flash"]
+    matrices = all_cases(), all_long_cases(), all_state_cases(), all_overlap_cases(), all_half_cases(), natively
+    return list(itertools.chain(*matrices))
 
 
 def covering_cases(cases: Sequence[C], at_least: int = 0) -> list[C]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from meshwright.config.attention import FLASH_HEAD_DIMS
 from meshwright.config.tree import Job, Model
 
 LAYERS = 2
@@ -24,7 +25,7 @@ def shrink_job(job: Job) -> Job:
         d_ff=min(job.model.d_ff, layout.tensor * PART),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=min(job.model.head_dim, HEAD_DIM),
+        head_dim=min(job.model.head_dim, FLASH_HEAD_DIMS[0] if training.attention == "flash" else HEAD_DIM),
         vocab_size=min(job.model.vocab_size, layout.tensor * PART + job.model.vocab_size % layout.tensor),
     )
     parts = 2 * layout.ring * layout.ulysses

@@ -11,7 +11,7 @@ from meshwright.errors import UserError
 from meshwright.planner.overlap import resolve
 from meshwright.planner.step import formula, heaviest
 from meshwright.rehearsal.rehearse import rehearse_job
-from meshwright.training.device import resolve_device
+from meshwright.training.device import check_attention, resolve_device
 from meshwright.units import format_bytes
 from meshwright.verify.compare import References, compare, reference_job
 from meshwright.verify.observe import Instrument, observe_rank, observe_reference
@@ -33,6 +33,7 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
     job = shrink_job(job) if shrink else job
     on_gpus = _has_gpus_for(job) if ranks is None else ranks.on_gpus
     job = replace(job, training=replace(job.training, device="cuda" if on_gpus else "cpu", compile=False))
+    check_attention(job, planning=False)
     check_memory(job, available_gpu_memory() if on_gpus else available_memory())
     if ranks is not None:
         return verify_on(job, ranks)

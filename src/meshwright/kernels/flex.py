@@ -1,0 +1,93 @@
+"""Causal attention by torch's FlexAttention: a score function, identity here, and a mask by blocks, compiled for a GPU.
+
+    q_BSHD  [B, S, H, D]    k_BZKD, v_BZKD  [B, Z, K, D]; H/K query heads share one key head
+    forward   out_BSHD in the dtype of q, lse_BHS float32; blocks of 128 × 128 that the mask empties are left out
+    backward  dq, dk, dv from out and lse; either of its two passes makes the scores and their gradients again
+    saved     q, k, v, out, lse
+
+Two operators of our own wrap it, so that whoever records or rehearses sees one operation and no score matrix.
+`torch.compile` would not do: it steps aside, in silence, while a dispatch mode such as the recorder is entered, and the
+score matrix would be written out. So FlexAttention's higher-order operators are traced and given to the compiler here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from meshwright.comm import torch_private
+
+Compiled = Callable[..., tuple[torch.Tensor, ...]]
+
+
+@torch.library.custom_op("meshwright::flex_forward", mutates_args=())
+def flex_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, S, H, D] and log-sum-exp [B, H, S]."""
+    operands = tuple(x.transpose(1, 2) for x in (q, k, v))
+    out, lse = _compiled(torch_private.flex_forward, causal, *_key(operands))(*operands)
+    return out.transpose(1, 2).contiguous(), lse * math.log(2)
+
+
+@flex_forward.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("meshwright::flex_backward", mutates_args=())
+def flex_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv. `out` and `lse` may be those over more keys than there are here."""
+    operands = tuple(x.transpose(1, 2) for x in (q, k, v, out, dout))
+    operands = *operands, (lse / math.log(2)).contiguous()
+    dq, dk, dv = _compiled(torch_private.flex_backward, causal, *_key(operands))(*operands)
+    return tuple(x.transpose(1, 2).contiguous() for x in (dq, dk, dv))  # type: ignore[return-value]
+
+
+@flex_backward.register_fake
+def _(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+Key = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+def _key(operands: tuple[torch.Tensor, ...]) -> tuple[Key, torch.dtype, torch.device]:
+    """What a compiled kernel is for."""
+    shapes = tuple((tuple(x.shape), tuple(x.stride())) for x in operands)
+    return shapes, operands[0].dtype, operands[0].device
+
+
+@functools.cache
+def _compiled(function: Compiled, causal: bool, shapes: Key, dtype: torch.dtype, device: torch.device) -> Compiled:
+    """`function(mask, *operands)`, compiled for operands of such shapes and strides; of 6 the last is float32."""
+    (_, _, S, _), Z = shapes[0][0], shapes[1][0][2]
+    operands = [
+        torch.empty_strided(shape, stride, dtype=torch.float32 if index == 5 else dtype, device=device)
+        for index, (shape, stride) in enumerate(shapes)
+    ]
+
+    def compiled() -> Compiled:
+        mask = torch_private.flex_mask(S, Z, causal, device)
+        return torch_private.inductor_compiled(functools.partial(function, mask), operands)
+
+    with ThreadPoolExecutor(1) as clean:  # inside an operator, tracing would inherit what dispatch has switched off
+        return clean.submit(compiled).result()
