@@ -181,7 +181,7 @@ def kind_and_flops(func: Any, args: tuple[Any, ...]) -> tuple[str, int]:
     return "elementwise", 0
 
 
-def _flash_flops(name: str, q: torch.Tensor, k: torch.Tensor, causal: bool, offset: int) -> int:
+def _flash_flops(name: str, q: Any, k: Any, causal: Any, offset: Any) -> int:
     B, S, H, D = q.shape
     tile = FLEX_TILE if "flex" in name else flash_tile(D, q.element_size())
     flops = backward_flops if name.endswith("backward") else forward_flops

@@ -25,7 +25,7 @@ from meshwright.bench.attention_subjects import COMPILED, OURS
 from meshwright.bench.pairs import ratio_row
 from meshwright.config.tree import Device
 
-FUSED = ("flash", "sdpa-flash", "sdpa-cpu", "flash-deterministic", "sdpa-efficient", "sdpa-cudnn")
+FUSED = ("flash", "sdpa-flash", "sdpa-cpu", "sdpa-efficient", "sdpa-cudnn")
 """With which all others are compared: the first of these that was measured."""
 
 

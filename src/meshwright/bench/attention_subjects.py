@@ -8,8 +8,7 @@ naive-max-autotune  the same with mode max-autotune-no-cudagraphs (graphs would 
 sdpa-flash, sdpa-efficient, sdpa-cudnn, sdpa-math
                     torch's scaled_dot_product_attention, held to one backend, so that nothing falls back
 sdpa-cpu            the one that torch has for a CPU
-flash, flash-deterministic
-                    `kernels.flash_attention`, ours
+flash               `kernels.flash_attention`, ours
 flex                torch's FlexAttention, compiled, its block mask made outside the timing
 """
 
@@ -37,13 +36,12 @@ Implementation = Literal[
     "sdpa-math",
     "sdpa-cpu",
     "flash",
-    "flash-deterministic",
     "flex",
 ]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 COMPILED = ("naive-compiled", "naive-max-autotune", "flex")
-OURS = ("flash", "flash-deterministic")
+OURS = ("flash",)
 FLEX_BLOCK = 128
 
 _BACKENDS = {
@@ -125,7 +123,7 @@ class Subject:
 def build(name: str, cell: Cell, inputs: Inputs, mask: torch.Tensor | None) -> Subject:
     """A subject; compiling happens at its first call. `mask` is of naive attention: True where a score is hidden."""
     if name in OURS:
-        return Subject(name, inputs, lambda: _Flash.apply(*inputs, cell.causal, name == "flash-deterministic"))
+        return Subject(name, inputs, lambda: _Flash.apply(*inputs, cell.causal))
     views = [x.transpose(1, 2) for x in inputs]
     if name == "flex":
         return _flex(cell, inputs, views)
@@ -213,19 +211,16 @@ class _Flash(torch.autograd.Function):
     """Our kernels, called as they are."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, deterministic: bool
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         from meshwright.kernels.flash_attention import flash_forward
 
         out, lse = flash_forward(q, k, v, causal=causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.causal, ctx.deterministic = causal, deterministic
+        ctx.causal = causal
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> Any:
         from meshwright.kernels.flash_attention import flash_backward
 
-        gradients = flash_backward(dout, *ctx.saved_tensors, causal=ctx.causal, deterministic=ctx.deterministic)
-        return *gradients, None, None
+        return *flash_backward(dout, *ctx.saved_tensors, causal=ctx.causal), None

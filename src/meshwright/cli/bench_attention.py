@@ -32,7 +32,7 @@ class Attention:
     """Between commas: float32,bf16."""
     implementations: str | None = None
     """Between commas: naive, naive-compiled, naive-max-autotune, sdpa-flash, sdpa-efficient, sdpa-cudnn, sdpa-math,
-    sdpa-cpu, flash, flash-deterministic, flex."""
+    sdpa-cpu, flash, flex."""
     batch: int | None = None
     """Sequences: 1, or 8 in the naive grid."""
     heads: int | None = None

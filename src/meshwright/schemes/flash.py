@@ -1,7 +1,7 @@
 """What the kernels of FlashAttention-2 visit: tiles of the score matrix, and their FLOPs. `kernels.flash_attention`.
 
 A tile is a block of queries against a block of keys. Kernels visit those with at least one pair that the mask allows,
-and compute them whole: a half-masked tile costs what a full one does. Three kernels walk them, each in tiles of its own:
+and compute them whole: a half-masked one costs what a full one does. Three kernels walk them, each in tiles of its own:
 
     forward   a block of queries walks its keys      2 products: scores, out
     dkv       a block of keys walks its queries      4 products: scores and dP again, dV, dK
@@ -32,6 +32,8 @@ class FlashTile(NamedTuple):
 def flash_tile(head_dim: int, itemsize: int) -> FlashTile:
     """The tiles for a head dimension and bytes of an element: the same on every device, so that an account is too."""
     if itemsize > 2:
+        if head_dim > 128:
+            return FlashTile(32, 16, 16, 32, 32, 16)
         return FlashTile(32, 32, 32, 32, 32, 32) if head_dim > 64 else FlashTile(64, 32, 32, 64, 64, 32)
     if head_dim > 128:
         return FlashTile(64, 64, 32, 64, 64, 32)
