@@ -5,7 +5,8 @@
     footprint     planned, rehearsed and recorded bytes beside the allocator's; writes OUT/footprint/DEVICE-DATE.json
     agreement     the cases of one device: formula = rehearsal = run; writes OUT/agreement/DEVICE-DATE.json
     training      losses over 20 steps by attention and compilation, and what `meshwright verify` says
-    attention     `meshwright bench attention`
+    attention     `meshwright bench attention`: fused kernels
+    naive         the same: naive attention, compiled and not
     nccl          a world of one: that it starts, trains, ends, and leaves no process; Ctrl-C exits 130
 
 Stages are processes of their own, one after the other, each with a limit; one that fails stops no other. All they print
@@ -41,12 +42,22 @@ LIMITS = {
     "numerics": 180.0,
     "training": 180.0,
     "nccl": 120.0,
-    "attention": 180.0,
+    "attention": 200.0,
+    "naive": 120.0,
 }
 """Seconds of each stage, in the order in which they run."""
 
-ATTENTION_COMMANDS: tuple[tuple[str, ...], ...] = ()
-"""Arguments of `meshwright bench attention`, a command each; `{out}` is the folder of this script's output."""
+ATTENTION_COMMANDS: dict[str, tuple[str, ...]] = {
+    "attention": ("--grid", "flash", "--tune", "true", "--seconds", "0.2", "--max-seconds", "110"),
+    "naive": (
+        *("--grid", "naive", "--implementations", "naive,naive-compiled,naive-max-autotune,flash", "--seconds", "0.05"),
+        *("--head-dims", "64", "--seqs", "512,2048,8192,32768", "--repeats", "10", "--max-seconds", "80"),
+    ),
+}
+"""Stages that are `meshwright bench attention`, and its arguments."""
+
+FLEX_CELLS = tuple((head_dim, seq) for head_dim in (64, 128) for seq in (1024, 2048, 4096, 8192, 16384, 32768, 65536))
+"""Width and length of what FlexAttention compiles for the first of these stages: done beforehand, all at once."""
 
 FOOTPRINTS: dict[str, tuple[str, dict[str, str]]] = {
     "quickstart": ("quickstart", {}),
@@ -67,6 +78,8 @@ CURVES: dict[tuple[str, str, int], tuple[tuple[str, bool], ...]] = {
 
 VERIFIED = (("sdpa", "float32"), ("sdpa", "bf16"), ("flash", "float32"), ("flash", "bf16"))
 """Attention and precision."""
+
+COMPILE_SECONDS = 60.0
 
 AT_ONCE = 4
 """Programs of the stage `training` that share the GPU: nothing is timed there."""
@@ -129,8 +142,8 @@ def _seconds_on_gpu(call: Callable[[], Any], repeats: int) -> float:
 
 def numerics(out: Path) -> str:
     """The kernels' own tests."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-k", "flash", "-q", "-x", "--no-header"]
-    text = _printed([*command, "-p", "no:cacheprovider"])
+    command = [sys.executable, "-m", "pytest", "tests/kernels/test_flash_gpu.py", "-q", "--no-header"]
+    text = _printed([*command, "-p", "no:cacheprovider", "-W", "default", "-n", str(os.cpu_count())])
     summary = text.strip().splitlines()[-1]
     if "passed" not in summary:
         raise Failed(f"no test ran on the GPU: {summary}")
@@ -370,19 +383,40 @@ def _trained(source: str, precision: str, steps: int, attention: str, compiled: 
 
 
 def attention(out: Path) -> str:
-    """The benchmark's own commands."""
-    if not ATTENTION_COMMANDS:
-        raise Failed("no command is listed in ATTENTION_COMMANDS")
-    wrong = []
-    for command in ATTENTION_COMMANDS:
-        words = [word.format(out=out) for word in command]
+    """Fused kernels, a causal grid of the lengths that people train with."""
+    compile_ahead()
+    return _bench_attention("attention", out)
+
+
+def naive(out: Path) -> str:
+    """Naive attention, compiled and not, beside ours."""
+    return _bench_attention("naive", out)
+
+
+def compile_ahead() -> None:
+    """Fill the compiler's cache on disk with what FlexAttention needs: in turns it would take minutes."""
+    command = [*MESHWRIGHT, "bench", "attention", "--grid", "flash", "--implementations", "flex", "--repeats", "1"]
+    cells = [["--head-dims", str(head_dim), "--seqs", str(seq)] for head_dim, seq in FLEX_CELLS]
+    alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    began = time.monotonic()
+    compiling = [
+        subprocess.Popen(
+            [*command, *cell, "--matmul-size", "16"], env=alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for cell in cells
+    ]
+    for process in compiling:
         try:
-            _printed([*MESHWRIGHT, "bench", "attention", *words])
-        except Failed as error:
-            wrong.append(f"{' '.join(words)}: {error}")
-    if wrong:
-        raise Failed("; ".join(wrong))
-    return f"{len(ATTENTION_COMMANDS)} commands ran"
+            process.wait(timeout=max(0.0, began + COMPILE_SECONDS - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    print(f"compiled ahead in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _bench_attention(name: str, out: Path) -> str:
+    _printed([*MESHWRIGHT, "bench", "attention", *ATTENTION_COMMANDS[name], "--out", str(out)])
+    return "every cell was measured, or says why not"
 
 
 NCCL_PROGRAM = """
@@ -470,6 +504,7 @@ STAGES: dict[str, Callable[[Path], str]] = {
     "training": training,
     "nccl": nccl,
     "attention": attention,
+    "naive": naive,
 }
 
 

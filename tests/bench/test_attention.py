@@ -158,7 +158,7 @@ def test_rows_of_a_gpu_fit_a_terminal(capsys: Capture) -> None:
     """As a GPU would give them: limits, kernels with templates, allocator's bytes; at most 120 columns."""
     cell = Cell(dtype="bf16", head_dim=128, seq=65536, heads=16, kv_heads=16)
     h100 = load_device("h100")
-    names = ("sdpa-efficient", "sdpa-cudnn")
+    names = ("flash", "sdpa-cudnn")
     result = CellResult(cell, [Found(name) for name in names], 2**36, 1.0)
     for found in result.found:
         found.samples = {"forward": [0.0266, 0.0264], "backward": [0.071, 0.07], "both": [0.098, 0.097]}
@@ -169,7 +169,7 @@ def test_rows_of_a_gpu_fit_a_terminal(capsys: Capture) -> None:
     assert row_of(rows, kind="time", implementation="sdpa-cudnn", measure="both")["limit_by"] == "compute"
     show_attention(rows)
     lines = capsys.readouterr().out.splitlines()
-    (line,) = (line for line in lines if line.strip().startswith("128  65536  sdpa-efficient"))
+    (line,) = (line for line in lines if line.strip().startswith("128  65536  flash"))
     assert line.split()[3:14] == ["26.5", "70.5", "664", "624", "67", "(95)", "63", "(89)", "0.00391", "1", "12.2"]
     assert line.rstrip().endswith("flash_fwd_kernel")
     assert max(map(len, lines)) <= 120

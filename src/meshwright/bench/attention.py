@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,14 +23,18 @@ from meshwright.bench.attention_cost import ITEM_BYTES, Cell
 from meshwright.bench.attention_rows import cell_rows, matmul_row
 from meshwright.bench.attention_run import Budget, CellResult, matmul_seconds, run_cell, skipped_cell
 from meshwright.bench.attention_subjects import IMPLEMENTATIONS
+from meshwright.bench.record import row
 from meshwright.config.legality import divisors, listed
 from meshwright.config.tree import Device
 from meshwright.config.values import nearest
 from meshwright.errors import UserError
+from meshwright.model.build import DTYPES
+from meshwright.schemes.flash import HEAD_DIMS
 from meshwright.training.device import known_device
 
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_SAMPLES = 5
+TUNED_SEQ = 8192
 TURNS_BESIDE_SAMPLES = 7
 """What a cell's warm-up, memory and profile cost, in turns of all its implementations."""
 
@@ -58,6 +62,8 @@ class Setting:
     max_seconds: float = 120.0
     """For all: cells that come later are rows that say so."""
     compile: bool = True
+    tune: bool = False
+    """First times every launch of our kernels, for each dtype and width, and keeps the fastest for this user."""
     matmul_size: int = 0
     """Of the square product that is timed beside it: 0 is 8192 on a GPU, 1024 on a CPU."""
 
@@ -155,7 +161,9 @@ def _measure(setting: Setting, kind: str, tell: Callable[[str], None]) -> list[d
         compiles=setting.compile,
     )
     rows = [*_matmul_rows(setting, meter, device, known)]
-    rates = {row["dtype"]: row["flops_per_second"] for row in rows}
+    if setting.tune:
+        rows += _launch_rows(setting, device, tell)
+    rates = {row["dtype"]: row["flops_per_second"] for row in rows if row["kind"] == "matmul"}
     compile_seconds: dict[str, float] = {}
     last: CellResult | None = None
     for cell in setting.cells:
@@ -191,6 +199,31 @@ def _matmul_rows(
     for dtype in dict.fromkeys(setting.dtypes):
         row = matmul_row(dtype, size, matmul_seconds(meter, dtype, size, device), known)
         yield row | {"float32_precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
+
+
+def _launch_rows(setting: Setting, device: torch.device, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Every launch of our kernels that may be chosen here, at one length of the grid."""
+    from meshwright.kernels.flash_attention import tune_flash
+
+    seq = max((seq for seq in setting.seqs if seq <= TUNED_SEQ), default=min(setting.seqs))
+    for cell in (cell for cell in setting.cells if cell.seq == seq and cell.head_dim in HEAD_DIMS):
+        shapes = [(cell.batch, seq, heads, cell.head_dim) for heads in (cell.heads, cell.kv_heads, cell.kv_heads)]
+        q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[cell.dtype]) for shape in shapes)
+        for kernel, times in tune_flash(q, k, v, causal=cell.causal).items():
+            kept = min(times, key=times.__getitem__)
+            tell(f"{cell.dtype} d {cell.head_dim} seq {seq} {kernel}: {times[kept]:.3f} ms by {kept}")
+            for launch, milliseconds in times.items():
+                yield row(
+                    kind="launch",
+                    kernel=kernel,
+                    dtype=cell.dtype,
+                    head_dim=cell.head_dim,
+                    seq=seq,
+                    **asdict(launch),
+                    kept=launch == kept,
+                    samples=[milliseconds / 1000],
+                    unit="s",
+                )
 
 
 def _expected_seconds(cell: Cell, last: CellResult | None) -> float:
@@ -271,3 +304,5 @@ def _mistakes(setting: Setting) -> Iterator[str]:
         yield f'--device = "{setting.device}" is not one of {", ".join(DEVICES)}'
     elif setting.device == "cuda" and not torch.cuda.is_available():
         yield "--device = cuda, but torch finds no GPU here: use --device cpu"
+    elif setting.tune and device_kind(setting) == "cpu":
+        yield "--tune = true times launches on a GPU, and torch finds none here: use --tune false"

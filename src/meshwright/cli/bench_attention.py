@@ -53,6 +53,8 @@ class Attention:
     """Width of the square product whose rate is measured beside: 8192, or 1024 on a CPU, 512 if quick."""
     compile: bool | None = None
     """Whether to run what must be compiled: true, or false on a CPU if quick."""
+    tune: bool | None = None
+    """Whether to time every launch of our kernels first, and keep the fastest for later runs: false."""
     out: str | None = None
     """Also write the record into this folder, as attention/DEVICE-DATE.json."""
     json: bool = False

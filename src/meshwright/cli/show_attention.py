@@ -41,7 +41,7 @@ def _grids(rows: Rows) -> Iterator[tuple[str, Rows]]:
     """By dtype and everything but width and length."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["kind"] != "matmul":
+        if row["kind"] not in ("matmul", "launch"):
             groups.setdefault(tuple(row[key] for key in _CELL if key not in ("head_dim", "seq")), []).append(row)
     for (dtype, batch, heads, kv_heads, causal), own in groups.items():
         shared = f" ({kv_heads} of keys)" if heads != kv_heads else ""
