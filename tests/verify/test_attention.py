@@ -90,15 +90,16 @@ def test_a_run_without_a_fused_kernel_is_right(
     assert not report.formula_vs_rehearsal and not report.rehearsal_vs_run
 
 
-def test_a_run_with_our_kernel_agrees_and_is_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [[], pytest.param(["15"], marks=pytest.mark.slow)], ids=["a ring", "more"])
+def test_a_run_with_our_kernel_agrees_and_is_right(tmp_path: Path, every: list[str]) -> None:
     """In Triton's interpreter, which must be asked for before the kernel is imported: a process of its own."""
     pytest.importorskip("triton")
     found = subprocess.run(
-        [sys.executable, "-m", "ranked_flash"],
+        [sys.executable, "-m", "ranked_flash", *every],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert found.returncode == 0, found.stdout + found.stderr
