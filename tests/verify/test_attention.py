@@ -43,11 +43,11 @@ def test_the_matrix_has_every_pair_of_options() -> None:
     assert len(NAIVE) == len(FLASH) == 60
 
 
-@pytest.mark.parametrize("case", sampled(NAIVE, 19))
+@pytest.mark.parametrize("case", sampled(NAIVE, 29))
 def test_formula_rehearsal_and_run_agree_without_a_fused_kernel(
     case: AttentionCase, ranks: Callable[[int], Ranks]
 ) -> None:
-    agreement = check(case, ranks(case.job.layout.world), thorough=case in NAIVE[::19])
+    agreement = check(case, ranks(case.job.layout.world), thorough=case in NAIVE[::7])
     assert not agreement.differences, agreement.differences[:3]
     assert agreement.agrees, (agreement.profiler_peaks, agreement.run_peaks)
 
@@ -79,8 +79,11 @@ def test_formula_equals_rehearsal_of_a_gpu(attention: Attention, precision: Prec
     assert {c: planned.footprint.bytes[c] for c in CATEGORIES} == {c: rehearsed.footprint.bytes[c] for c in CATEGORIES}
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(ring=2, recompute="selective")], ids=["one device", "ring 2"])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [(Layout(), "bf16"), (Layout(ring=2, recompute="selective"), "float32")],
+    ids=["one device", "ring 2"],
+)
 def test_a_run_without_a_fused_kernel_is_right(
     ranks: Callable[[int], Ranks], layout: Layout, precision: Precision
 ) -> None:
