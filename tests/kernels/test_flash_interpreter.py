@@ -39,6 +39,11 @@ def bfloat16_sum(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i) + tl.load(x_ptr + i))
 
 
+def far_away(x_ptr, y_ptr, step, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * step, mask=i < 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_flash_interpreter_products(flash_counted, flash_device, dtype):
     """Small integers: exact in every order of summation, and rounded once, at the end."""
@@ -61,6 +66,13 @@ def test_flash_interpreter_refuses_to_add_bits(flash_device):
     x = torch.ones(16, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="cast to float32 first"):
         as_interpreted(bfloat16_sum)[(1,)](x, torch.empty_like(x), N=16)
+
+
+def test_flash_interpreter_notices_an_index_past_32_bits(flash_device):
+    x, y = torch.zeros(16), torch.zeros(16)
+    as_interpreted(far_away)[(1,)](x, y, 2**27, N=16)
+    with pytest.raises(Exception, match="int32 overflow"):
+        as_interpreted(far_away)[(1,)](x, y, 2**28, N=16)
 
 
 def test_flash_interpreter_rounds_as_torch():

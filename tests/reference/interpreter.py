@@ -9,7 +9,9 @@ Mended, each with a test in `test_flash_interpreter.py`:
 - products of bfloat16 multiply the bits, as integers (other arithmetic would, too: it is refused);
 - float32 is cut off, not rounded, to bfloat16;
 - infinities raise numpy's warnings, which pytest makes errors;
+- integers past 32 bits wrap round without a word: they are refused;
 - after a launch every storage is copied onto itself, whatever its size;
+- each call of a function within a kernel prepares all of Triton's language again, a quarter of the time;
 - Triton 3.6 cannot loop with the numpy of today.
 """
 
@@ -17,7 +19,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -37,8 +40,7 @@ def import_interpreted() -> None:
         except ImportError:
             return  # tests of kernels are skipped
         assert type(tl.max).__name__ == "InterpretedFunction", "something imported Triton before the tests did"
-        with suppress(ImportError):
-            import meshwright.kernels.flash_triton  # noqa: F401
+        import meshwright.kernels.flash_triton  # noqa: F401
 
 
 class Counted:
@@ -57,6 +59,8 @@ def interpreted() -> Iterator[Counted]:
     from triton.runtime import interpreter
 
     counted, builder, executor = Counted(), interpreter.InterpreterBuilder, interpreter.GridExecutor
+    prepared: set[int] = set()
+    options = interpreter.interpreter_builder.options
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {VARIABLE: "1"}))
         stack.enter_context(np.errstate(all="ignore"))
@@ -64,7 +68,10 @@ def interpreted() -> Iterator[Counted]:
             (builder, "create_dot", _dot(interpreter, counted)),
             (builder, "cast_impl", _cast(interpreter, builder.cast_impl)),
             (builder, "binary_op", _binary(builder.binary_op)),
+            (interpreter.interpreter_builder, "options", replace(options, sanitize_overflow=False)),  # ours is faster
             (executor, "_restore_args_dev", lambda *_: None),  # on the CPU they are the same memory
+            (executor, "__call__", _launch(executor.__call__, prepared)),
+            (interpreter, "_patch_lang", _prepare_once(interpreter._patch_lang, prepared)),
             (interpreter, "_patch_lang_tensor", _index(interpreter._patch_lang_tensor)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -103,9 +110,16 @@ def _cast(interpreter: Any, plain: Any) -> Any:
 
 
 def _binary(plain: Any) -> Any:
+    arithmetic = np.add, np.subtract, np.multiply
+
     def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
-        assert left.dtype.scalar.name != "bf16", "the interpreter would compute with the bits: cast to float32 first"
-        return plain(self, left, right, op)
+        name = left.dtype.scalar.name
+        assert name != "bf16", "the interpreter would compute with the bits: cast to float32 first"
+        result = plain(self, left, right, op)
+        if name == "int32" and op in arithmetic:
+            exact = op(left.data.astype(np.int64), right.data.astype(np.int64))
+            assert (exact == result.data).all(), f"int32 overflow: {op.__name__} gives {np.abs(exact).max()}"
+        return result
 
     return binary_op
 
@@ -118,6 +132,26 @@ def widened(bits: np.ndarray) -> np.ndarray:
 def rounded(values: np.ndarray) -> np.ndarray:
     """bfloat16 bits of float32 values: to the nearest, to the even one of two."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def _launch(plain: Any, prepared: set[int]) -> Any:
+    def launch(self: Any, *arguments: Any, **settings: Any) -> Any:
+        prepared.clear()
+        return plain(self, *arguments, **settings)
+
+    return launch
+
+
+def _prepare_once(plain: Any, prepared: set[int]) -> Any:
+    """Once in a launch for the functions of a module: only the first caller, the launch, undoes it."""
+
+    def prepare(function: Any) -> Any:
+        if id(function.__globals__) in prepared:
+            return None
+        prepared.add(id(function.__globals__))
+        return plain(function)
+
+    return prepare
 
 
 def _index(plain: Any) -> Any:
