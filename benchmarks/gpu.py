@@ -48,7 +48,7 @@ LIMITS = {
 """Seconds of each stage, in the order in which they run."""
 
 ATTENTION_COMMANDS: dict[str, tuple[str, ...]] = {
-    "attention": ("--grid", "flash", "--tune", "true", "--seconds", "0.2", "--max-seconds", "110"),
+    "attention": ("--grid", "flash", "--tune", "true", "--seconds", "0.12", "--max-seconds", "75"),
     "naive": (
         *("--grid", "naive", "--implementations", "naive,naive-compiled,naive-max-autotune,flash", "--seconds", "0.05"),
         *("--head-dims", "64", "--seqs", "512,2048,8192,32768", "--repeats", "10", "--max-seconds", "80"),
@@ -79,7 +79,7 @@ CURVES: dict[tuple[str, str, int], tuple[tuple[str, bool], ...]] = {
 VERIFIED = (("sdpa", "float32"), ("sdpa", "bf16"), ("flash", "float32"), ("flash", "bf16"))
 """Attention and precision."""
 
-COMPILE_SECONDS = 60.0
+COMPILE_SECONDS = 30.0
 
 AT_ONCE = 4
 """Programs of the stage `training` that share the GPU: nothing is timed there."""

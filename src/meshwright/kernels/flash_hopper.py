@@ -23,12 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
-# fmt: off (formatted, every argument of a kernel would have a line of its own)
+# Formatted, every argument of a kernel would have a line of its own.
+# fmt: off
 
+SIZES = ("H", "S", "Z", "offset", "num_heads", "at_once")
+"""Arguments for whose values nothing is compiled anew."""
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 HELD: gl.constexpr = gl.constexpr(0)
@@ -124,22 +126,8 @@ def _store(out_ptr, x_rD, b, h, first, length, heads, ROWS: gl.constexpr, D: gl.
 
 @gluon.jit
 def _forward_producer(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_s,
-    k_s,
-    v_s,
-    bars,
-    b,
-    h,
-    G,
-    first,
-    end,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, q_s, k_s, v_s, bars, b, h, G, first, end, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr,
 ):
     """Keys and values from the last block to the first: the masked ones come first."""
     nbytes: gl.constexpr = BLOCK_K * D * 2
@@ -173,26 +161,9 @@ def _softmax(
 
 @gluon.jit
 def _forward_step(
-    i,
-    acc_qD,
-    max_q,
-    sum_q,
-    p_qk,
-    q,
-    k_s,
-    v_s,
-    bars,
-    last_q,
-    first_key,
-    scale,
-    BLOCK_K: gl.constexpr,
-    D: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
-    O_LAYOUT: gl.constexpr,
-    P_LAYOUT: gl.constexpr,
+    i, acc_qD, max_q, sum_q, p_qk, q, k_s, v_s, bars, last_q, first_key, scale, BLOCK_K: gl.constexpr,
+    D: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):
     """Scores of block i; under their softmax, the product of block i-1's probabilities with its values."""
     slot, before = i % STAGES, (i - 1) % STAGES
@@ -212,28 +183,8 @@ def _forward_step(
 
 @gluon.jit
 def _forward_consumer(
-    q_s,
-    k_s,
-    v_s,
-    bars,
-    out_ptr,
-    lse_ptr,
-    b,
-    h,
-    first,
-    whole,
-    end,
-    S,
-    Z,
-    H,
-    offset,
-    scale,
-    HALF: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    D: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    q_s, k_s, v_s, bars, out_ptr, lse_ptr, b, h, first, whole, end, S, Z, H, offset, scale, HALF: gl.constexpr,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -258,49 +209,13 @@ def _forward_consumer(
         p_qk = gl.convert_layout(p_qk.to(v_s.dtype), P_LAYOUT)
         for i in range(1, end - whole):
             acc_qD, max_q, sum_q, p_qk = _forward_step(
-                i,
-                acc_qD,
-                max_q,
-                sum_q,
-                p_qk,
-                q,
-                k_s,
-                v_s,
-                bars,
-                last_q,
-                (end - 1 - i) * BLOCK_K,
-                scale,
-                BLOCK_K,
-                D,
-                ROWS,
-                STAGES,
-                True,
-                S_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
+                i, acc_qD, max_q, sum_q, p_qk, q, k_s, v_s, bars, last_q, (end - 1 - i) * BLOCK_K, scale, BLOCK_K, D,
+                ROWS, STAGES, True, S_LAYOUT, O_LAYOUT, P_LAYOUT,
             )
         for i in range(gl.maximum(end - whole, 1), end):
             acc_qD, max_q, sum_q, p_qk = _forward_step(
-                i,
-                acc_qD,
-                max_q,
-                sum_q,
-                p_qk,
-                q,
-                k_s,
-                v_s,
-                bars,
-                last_q,
-                0,
-                scale,
-                BLOCK_K,
-                D,
-                ROWS,
-                STAGES,
-                False,
-                S_LAYOUT,
-                O_LAYOUT,
-                P_LAYOUT,
+                i, acc_qD, max_q, sum_q, p_qk, q, k_s, v_s, bars, last_q, 0, scale, BLOCK_K, D, ROWS, STAGES, False,
+                S_LAYOUT, O_LAYOUT, P_LAYOUT,
             )
         slot = (end - 1) % STAGES
         mbarrier.wait(_b_full(bars, slot, STAGES), ((end - 1) // STAGES) & 1)
@@ -314,27 +229,10 @@ def _forward_consumer(
     _store(out_ptr, acc_qD, b, h, first, S, H, ROWS, D, O_LAYOUT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def forward(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_ptr,
-    lse_ptr,
-    H,
-    G,
-    S,
-    Z,
-    offset,
-    num_heads,
-    at_once,
-    scale,
-    D: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    Q_SHARED: gl.constexpr,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, H, G, S, Z, offset, num_heads, at_once, scale, D: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, Q_SHARED: gl.constexpr,
     K_SHARED: gl.constexpr,
 ):
     """out [B, S, H, D] and lse [B, H, S], a block of queries of one head a program."""
@@ -354,55 +252,15 @@ def forward(
             (
                 _forward_consumer,
                 (
-                    q_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    out_ptr,
-                    lse_ptr,
-                    b,
-                    h,
-                    first,
-                    whole,
-                    end,
-                    S,
-                    Z,
-                    H,
-                    offset,
-                    scale,
-                    0,
-                    BLOCK_K,
-                    D,
-                    ROWS,
-                    STAGES,
-                    CAUSAL,
+                    q_s, k_s, v_s, bars, out_ptr, lse_ptr, b, h, first, whole, end, S, Z, H, offset, scale, 0,
+                    BLOCK_K, D, ROWS, STAGES, CAUSAL,
                 ),
             ),
             (
                 _forward_consumer,
                 (
-                    q_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    out_ptr,
-                    lse_ptr,
-                    b,
-                    h,
-                    first,
-                    whole,
-                    end,
-                    S,
-                    Z,
-                    H,
-                    offset,
-                    scale,
-                    1,
-                    BLOCK_K,
-                    D,
-                    ROWS,
-                    STAGES,
-                    CAUSAL,
+                    q_s, k_s, v_s, bars, out_ptr, lse_ptr, b, h, first, whole, end, S, Z, H, offset, scale, 1,
+                    BLOCK_K, D, ROWS, STAGES, CAUSAL,
                 ),
             ),
             (
@@ -420,30 +278,8 @@ def forward(
 
 @gluon.jit
 def _dkv_producer(
-    q_desc,
-    k_desc,
-    v_desc,
-    dout_desc,
-    lse_ptr,
-    delta_ptr,
-    q_s,
-    k_s,
-    v_s,
-    dout_s,
-    lse_s,
-    delta_s,
-    bars,
-    b,
-    h,
-    G,
-    H,
-    S,
-    first,
-    start,
-    num_blocks_q,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    D: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, lse_ptr, delta_ptr, q_s, k_s, v_s, dout_s, lse_s, delta_s, bars, b, h, G, H,
+    S, first, start, num_blocks_q, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """k and v once; q and dout of every block of queries of the G heads, with their statistics in base 2."""
@@ -474,33 +310,29 @@ def _dkv_producer(
 
 
 @gluon.jit
-def _dkv_step(
-    i,
-    block,
-    dk_kD,
-    dv_kD,
-    k,
-    v,
-    q_s,
-    dout_s,
-    lse_s,
-    delta_s,
-    bars,
-    keys,
-    Z,
-    offset,
-    scale,
-    BLOCK_Q: gl.constexpr,
-    D: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    MASKED: gl.constexpr,
-    LATE: gl.constexpr,
+def _dkv_weights(
+    s_kq, first, keys, lse_q, Z, offset, scale, BLOCK_Q: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
     S_LAYOUT: gl.constexpr,
-    P_LAYOUT: gl.constexpr,
 ):
-    """Add what a block of queries gives to dk and dv. LATE: their products run on under the next block's scores."""
+    """Probabilities of a tile of scores."""
+    if MASKED:
+        rows = first + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, S_LAYOUT))
+        s_kq = gl.where((keys < Z)[:, None], s_kq, float("-inf"))
+        if CAUSAL:
+            s_kq = gl.where(keys[:, None] <= (rows + offset)[None, :], s_kq, float("-inf"))
+    return gl.exp2(s_kq * scale - lse_q[None, :])
+
+
+@gluon.jit
+def _dkv_step(
+    i, block, dk_kD, dv_kD, p16_kq, ds16_kq, k, v, q_s, dout_s, lse_s, delta_s, bars, keys, Z, offset, scale,
+    BLOCK_Q: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    MASKED: gl.constexpr, LATE: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+):
+    """Add what a block of queries gives to dk and dv.
+
+    LATE: what the block before gives, under the exponentials of this one.
+    """
     slot = i % STAGES
     full = (i // STAGES) & 1
     q, dout = q_s.index(slot), dout_s.index(slot)
@@ -512,64 +344,41 @@ def _dkv_step(
     mbarrier.wait(_statistics_full(bars, slot, STAGES), full)
     lse_q = lse_s.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
     if LATE:
-        s_kq, dk_kD, dv_kD = warpgroup_mma_wait(1, deps=[s_kq, dk_kD, dv_kD])
-        if i > 0:
-            mbarrier.arrive(_a_free(bars, (i - 1) % STAGES, STAGES))
-            mbarrier.arrive(_b_free(bars, (i - 1) % STAGES, STAGES))
+        before = gl.maximum(i - 1, 0) % STAGES  # at first nothing: zeros times this block
+        dv_kD = warpgroup_mma(p16_kq, dout_s.index(before), dv_kD, is_async=True)
+        dk_kD = warpgroup_mma(ds16_kq, q_s.index(before), dk_kD, is_async=True)
+        s_kq = warpgroup_mma_wait(3, deps=[s_kq])
+        p_kq = _dkv_weights(s_kq, block * BLOCK_Q, keys, lse_q, Z, offset, scale, BLOCK_Q, CAUSAL, MASKED, S_LAYOUT)
+        delta_q = delta_s.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
+        dp_kq = warpgroup_mma_wait(2, deps=[dp_kq])
+        ds_kq = p_kq * (dp_kq - delta_q[None, :])
+        dv_kD, dk_kD, p16_kq, ds16_kq = warpgroup_mma_wait(0, deps=[dv_kD, dk_kD, p16_kq, ds16_kq])
+        mbarrier.arrive(_a_free(bars, before, STAGES), pred=i > 0)
+        mbarrier.arrive(_b_free(bars, before, STAGES), pred=i > 0)
+        p16_kq = gl.convert_layout(p_kq.to(q_s.dtype), P_LAYOUT)
+        ds16_kq = gl.convert_layout(ds_kq.to(q_s.dtype), P_LAYOUT)
     else:
         s_kq = warpgroup_mma_wait(1, deps=[s_kq])
-    if MASKED:
-        rows = block * BLOCK_Q + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, S_LAYOUT))
-        s_kq = gl.where((keys < Z)[:, None], s_kq, float("-inf"))
-        if CAUSAL:
-            s_kq = gl.where(keys[:, None] <= (rows + offset)[None, :], s_kq, float("-inf"))
-    p_kq = gl.exp2(s_kq * scale - lse_q[None, :])
-    p16_kq = gl.convert_layout(p_kq.to(q_s.dtype), P_LAYOUT)
-    dv_kD = warpgroup_mma(p16_kq, dout, dv_kD, is_async=True)
-    delta_q = delta_s.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
-    dp_kq = warpgroup_mma_wait(1, deps=[dp_kq])
-    ds_kq = p_kq * (dp_kq - delta_q[None, :])
-    ds16_kq = gl.convert_layout(ds_kq.to(q_s.dtype), P_LAYOUT)
-    dk_kD = warpgroup_mma(ds16_kq, q, dk_kD, is_async=True)
-    if not LATE:
-        dv_kD, _ = warpgroup_mma_wait(1, deps=[dv_kD, p16_kq])
+        p_kq = _dkv_weights(s_kq, block * BLOCK_Q, keys, lse_q, Z, offset, scale, BLOCK_Q, CAUSAL, MASKED, S_LAYOUT)
+        now_p16_kq = gl.convert_layout(p_kq.to(q_s.dtype), P_LAYOUT)
+        dv_kD = warpgroup_mma(now_p16_kq, dout, dv_kD, is_async=True)
+        delta_q = delta_s.index(slot).load(gl.SliceLayout(0, S_LAYOUT))
+        dp_kq = warpgroup_mma_wait(1, deps=[dp_kq])
+        ds_kq = p_kq * (dp_kq - delta_q[None, :])
+        now_ds16_kq = gl.convert_layout(ds_kq.to(q_s.dtype), P_LAYOUT)
+        dk_kD = warpgroup_mma(now_ds16_kq, q, dk_kD, is_async=True)
+        dv_kD, _ = warpgroup_mma_wait(1, deps=[dv_kD, now_p16_kq])
         mbarrier.arrive(_b_free(bars, slot, STAGES))
-        dk_kD, _ = warpgroup_mma_wait(0, deps=[dk_kD, ds16_kq])
+        dk_kD, _ = warpgroup_mma_wait(0, deps=[dk_kD, now_ds16_kq])
         mbarrier.arrive(_a_free(bars, slot, STAGES))
-    return dk_kD, dv_kD
+    return dk_kD, dv_kD, p16_kq, ds16_kq
 
 
 @gluon.jit
 def _dkv_consumer(
-    q_s,
-    k_s,
-    v_s,
-    dout_s,
-    lse_s,
-    delta_s,
-    bars,
-    dk_ptr,
-    dv_ptr,
-    b,
-    h,
-    G,
-    H,
-    S,
-    Z,
-    first,
-    start,
-    whole,
-    num_blocks_q,
-    offset,
-    scale,
-    softmax_scale,
-    HALF: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    D: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    LATE: gl.constexpr,
+    q_s, k_s, v_s, dout_s, lse_s, delta_s, bars, dk_ptr, dv_ptr, b, h, G, H, S, Z, first, start, whole, num_blocks_q,
+    offset, scale, softmax_scale, HALF: gl.constexpr, BLOCK_Q: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, LATE: gl.constexpr,
 ):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -579,100 +388,38 @@ def _dkv_consumer(
     keys = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     dk_kD = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
     dv_kD = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
-    if LATE:
-        dk_kD, dv_kD = warpgroup_mma_init(dk_kD), warpgroup_mma_init(dv_kD)
+    # LATE: before the first block there is one of zeros
+    p16_kq = gl.convert_layout(gl.zeros([ROWS, BLOCK_Q], q_s.dtype, S_LAYOUT), P_LAYOUT)
+    ds16_kq = p16_kq
     mbarrier.wait(bars.index(HELD), 0)
     i = 0
     for _ in range(G):
         for block in range(start, whole):
-            dk_kD, dv_kD = _dkv_step(
-                i,
-                block,
-                dk_kD,
-                dv_kD,
-                k,
-                v,
-                q_s,
-                dout_s,
-                lse_s,
-                delta_s,
-                bars,
-                keys,
-                Z,
-                offset,
-                scale,
-                BLOCK_Q,
-                D,
-                ROWS,
-                STAGES,
-                CAUSAL,
-                True,
-                LATE,
-                S_LAYOUT,
-                P_LAYOUT,
+            dk_kD, dv_kD, p16_kq, ds16_kq = _dkv_step(
+                i, block, dk_kD, dv_kD, p16_kq, ds16_kq, k, v, q_s, dout_s, lse_s, delta_s, bars, keys, Z, offset,
+                scale, BLOCK_Q, D, ROWS, STAGES, CAUSAL, True, LATE, S_LAYOUT, P_LAYOUT,
             )
             i += 1
         for block in range(whole, num_blocks_q):
-            dk_kD, dv_kD = _dkv_step(
-                i,
-                block,
-                dk_kD,
-                dv_kD,
-                k,
-                v,
-                q_s,
-                dout_s,
-                lse_s,
-                delta_s,
-                bars,
-                keys,
-                Z,
-                offset,
-                scale,
-                BLOCK_Q,
-                D,
-                ROWS,
-                STAGES,
-                CAUSAL,
-                False,
-                LATE,
-                S_LAYOUT,
-                P_LAYOUT,
+            dk_kD, dv_kD, p16_kq, ds16_kq = _dkv_step(
+                i, block, dk_kD, dv_kD, p16_kq, ds16_kq, k, v, q_s, dout_s, lse_s, delta_s, bars, keys, Z, offset,
+                scale, BLOCK_Q, D, ROWS, STAGES, CAUSAL, False, LATE, S_LAYOUT, P_LAYOUT,
             )
             i += 1
-    if LATE:
-        dk_kD, dv_kD = warpgroup_mma_wait(0, deps=[dk_kD, dv_kD])
+    if LATE and start < num_blocks_q:
+        before = (i + STAGES - 1) % STAGES
+        dv_kD = warpgroup_mma(p16_kq, dout_s.index(before), dv_kD, is_async=True)
+        dk_kD = warpgroup_mma(ds16_kq, q_s.index(before), dk_kD, is_async=True)
+        dv_kD, dk_kD, p16_kq, ds16_kq = warpgroup_mma_wait(0, deps=[dv_kD, dk_kD, p16_kq, ds16_kq])
     _store(dk_ptr, dk_kD * softmax_scale, b, h, first, Z, H // G, ROWS, D, O_LAYOUT)
     _store(dv_ptr, dv_kD, b, h, first, Z, H // G, ROWS, D, O_LAYOUT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def dkv(
-    q_desc,
-    k_desc,
-    v_desc,
-    dout_desc,
-    dk_ptr,
-    dv_ptr,
-    lse_ptr,
-    delta_ptr,
-    H,
-    G,
-    S,
-    Z,
-    offset,
-    num_heads,
-    at_once,
-    scale,
-    softmax_scale,
-    D: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    LATE: gl.constexpr,
-    Q_SHARED: gl.constexpr,
-    K_SHARED: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, dk_ptr, dv_ptr, lse_ptr, delta_ptr, H, G, S, Z, offset, num_heads, at_once,
+    scale, softmax_scale, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, LATE: gl.constexpr, Q_SHARED: gl.constexpr, K_SHARED: gl.constexpr,
 ):
     """dk, dv [B, Z, K, D], a block of keys of a key head a program: it walks queries of the G heads that share it."""
     num_blocks_q, K = gl.cdiv(S, BLOCK_Q), H // G
@@ -697,99 +444,22 @@ def dkv(
             (
                 _dkv_consumer,
                 (
-                    q_s,
-                    k_s,
-                    v_s,
-                    dout_s,
-                    lse_s,
-                    delta_s,
-                    bars,
-                    dk_ptr,
-                    dv_ptr,
-                    b,
-                    h,
-                    G,
-                    H,
-                    S,
-                    Z,
-                    first,
-                    start,
-                    whole,
-                    num_blocks_q,
-                    offset,
-                    scale,
-                    softmax_scale,
-                    0,
-                    BLOCK_Q,
-                    D,
-                    ROWS,
-                    STAGES,
-                    CAUSAL,
-                    LATE,
+                    q_s, k_s, v_s, dout_s, lse_s, delta_s, bars, dk_ptr, dv_ptr, b, h, G, H, S, Z, first, start,
+                    whole, num_blocks_q, offset, scale, softmax_scale, 0, BLOCK_Q, D, ROWS, STAGES, CAUSAL, LATE,
                 ),
             ),
             (
                 _dkv_consumer,
                 (
-                    q_s,
-                    k_s,
-                    v_s,
-                    dout_s,
-                    lse_s,
-                    delta_s,
-                    bars,
-                    dk_ptr,
-                    dv_ptr,
-                    b,
-                    h,
-                    G,
-                    H,
-                    S,
-                    Z,
-                    first,
-                    start,
-                    whole,
-                    num_blocks_q,
-                    offset,
-                    scale,
-                    softmax_scale,
-                    1,
-                    BLOCK_Q,
-                    D,
-                    ROWS,
-                    STAGES,
-                    CAUSAL,
-                    LATE,
+                    q_s, k_s, v_s, dout_s, lse_s, delta_s, bars, dk_ptr, dv_ptr, b, h, G, H, S, Z, first, start,
+                    whole, num_blocks_q, offset, scale, softmax_scale, 1, BLOCK_Q, D, ROWS, STAGES, CAUSAL, LATE,
                 ),
             ),
             (
                 _dkv_producer,
                 (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    dout_desc,
-                    lse_ptr,
-                    delta_ptr,
-                    q_s,
-                    k_s,
-                    v_s,
-                    dout_s,
-                    lse_s,
-                    delta_s,
-                    bars,
-                    b,
-                    h,
-                    G,
-                    H,
-                    S,
-                    first,
-                    start,
-                    num_blocks_q,
-                    BLOCK_Q,
-                    BLOCK_K,
-                    D,
-                    STAGES,
+                    q_desc, k_desc, v_desc, dout_desc, lse_ptr, delta_ptr, q_s, k_s, v_s, dout_s, lse_s, delta_s,
+                    bars, b, h, G, H, S, first, start, num_blocks_q, BLOCK_Q, BLOCK_K, D, STAGES,
                 ),
             ),
         ],
@@ -803,24 +473,8 @@ def dkv(
 
 @gluon.jit
 def _dq_producer(
-    q_desc,
-    k_desc,
-    v_desc,
-    dout_desc,
-    q_s,
-    dout_s,
-    k_s,
-    v_s,
-    bars,
-    b,
-    h,
-    G,
-    first,
-    end,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, q_s, dout_s, k_s, v_s, bars, b, h, G, first, end, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):
     nbytes: gl.constexpr = BLOCK_K * D * 2
     mbarrier.expect(bars.index(HELD), 2 * BLOCK_Q * D * 2)
@@ -837,23 +491,8 @@ def _dq_producer(
 
 @gluon.jit
 def _dq_step(
-    i,
-    dq_qD,
-    q,
-    dout,
-    lse_q,
-    delta_q,
-    k_s,
-    v_s,
-    bars,
-    last_q,
-    scale,
-    BLOCK_K: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    MASKED: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
-    P_LAYOUT: gl.constexpr,
+    i, dq_qD, q, dout, lse_q, delta_q, k_s, v_s, bars, last_q, scale, BLOCK_K: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):
     """Add what key block i gives to dq."""
     slot = i % STAGES
@@ -880,31 +519,9 @@ def _dq_step(
 
 @gluon.jit
 def _dq_consumer(
-    q_s,
-    dout_s,
-    k_s,
-    v_s,
-    bars,
-    dq_ptr,
-    lse_ptr,
-    delta_ptr,
-    b,
-    h,
-    first,
-    whole,
-    end,
-    S,
-    Z,
-    H,
-    offset,
-    scale,
-    softmax_scale,
-    HALF: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    D: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    q_s, dout_s, k_s, v_s, bars, dq_ptr, lse_ptr, delta_ptr, b, h, first, whole, end, S, Z, H, offset, scale,
+    softmax_scale, HALF: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -921,72 +538,22 @@ def _dq_consumer(
     mbarrier.wait(bars.index(HELD), 0)
     for i in range(whole):
         dq_qD = _dq_step(
-            i,
-            dq_qD,
-            q,
-            dout,
-            lse_q,
-            delta_q,
-            k_s,
-            v_s,
-            bars,
-            last_q,
-            scale,
-            BLOCK_K,
-            ROWS,
-            STAGES,
-            False,
-            S_LAYOUT,
+            i, dq_qD, q, dout, lse_q, delta_q, k_s, v_s, bars, last_q, scale, BLOCK_K, ROWS, STAGES, False, S_LAYOUT,
             P_LAYOUT,
         )
     for i in range(whole, end):
         dq_qD = _dq_step(
-            i,
-            dq_qD,
-            q,
-            dout,
-            lse_q,
-            delta_q,
-            k_s,
-            v_s,
-            bars,
-            last_q,
-            scale,
-            BLOCK_K,
-            ROWS,
-            STAGES,
-            True,
-            S_LAYOUT,
+            i, dq_qD, q, dout, lse_q, delta_q, k_s, v_s, bars, last_q, scale, BLOCK_K, ROWS, STAGES, True, S_LAYOUT,
             P_LAYOUT,
         )
     _store(dq_ptr, dq_qD * softmax_scale, b, h, first, S, H, ROWS, D, O_LAYOUT)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def dq(
-    q_desc,
-    k_desc,
-    v_desc,
-    dout_desc,
-    dq_ptr,
-    lse_ptr,
-    delta_ptr,
-    H,
-    G,
-    S,
-    Z,
-    offset,
-    num_heads,
-    at_once,
-    scale,
-    softmax_scale,
-    D: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    Q_SHARED: gl.constexpr,
-    K_SHARED: gl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, dq_ptr, lse_ptr, delta_ptr, H, G, S, Z, offset, num_heads, at_once, scale,
+    softmax_scale, D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, Q_SHARED: gl.constexpr, K_SHARED: gl.constexpr,
 ):
     """dq [B, S, H, D], a block of queries of one head a program."""
     num_blocks = gl.cdiv(S, BLOCK_Q)
@@ -1006,84 +573,22 @@ def dq(
             (
                 _dq_consumer,
                 (
-                    q_s,
-                    dout_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    dq_ptr,
-                    lse_ptr,
-                    delta_ptr,
-                    b,
-                    h,
-                    first,
-                    whole,
-                    end,
-                    S,
-                    Z,
-                    H,
-                    offset,
-                    scale,
-                    softmax_scale,
-                    0,
-                    BLOCK_K,
-                    D,
-                    ROWS,
-                    STAGES,
-                    CAUSAL,
+                    q_s, dout_s, k_s, v_s, bars, dq_ptr, lse_ptr, delta_ptr, b, h, first, whole, end, S, Z, H,
+                    offset, scale, softmax_scale, 0, BLOCK_K, D, ROWS, STAGES, CAUSAL,
                 ),
             ),
             (
                 _dq_consumer,
                 (
-                    q_s,
-                    dout_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    dq_ptr,
-                    lse_ptr,
-                    delta_ptr,
-                    b,
-                    h,
-                    first,
-                    whole,
-                    end,
-                    S,
-                    Z,
-                    H,
-                    offset,
-                    scale,
-                    softmax_scale,
-                    1,
-                    BLOCK_K,
-                    D,
-                    ROWS,
-                    STAGES,
-                    CAUSAL,
+                    q_s, dout_s, k_s, v_s, bars, dq_ptr, lse_ptr, delta_ptr, b, h, first, whole, end, S, Z, H,
+                    offset, scale, softmax_scale, 1, BLOCK_K, D, ROWS, STAGES, CAUSAL,
                 ),
             ),
             (
                 _dq_producer,
                 (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    dout_desc,
-                    q_s,
-                    dout_s,
-                    k_s,
-                    v_s,
-                    bars,
-                    b,
-                    h,
-                    G,
-                    first,
-                    end,
-                    BLOCK_Q,
-                    BLOCK_K,
-                    D,
-                    STAGES,
+                    q_desc, k_desc, v_desc, dout_desc, q_s, dout_s, k_s, v_s, bars, b, h, G, first, end, BLOCK_Q,
+                    BLOCK_K, D, STAGES,
                 ),
             ),
         ],

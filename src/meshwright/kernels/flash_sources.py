@@ -39,8 +39,7 @@ def _label(kernel: KernelName, dtype: str, head_dim: int, option: Candidate) -> 
 
 
 def _source(kernel: KernelName, dtype: str, head_dim: int, option: Candidate) -> tuple[Any, dict[str, Any]]:
-    tile = flash_tile(head_dim, DTYPES[dtype][1])
-    rows = {"forward": tile[0:2], "dkv": tile[2:4], "dq": tile[4:6]}[kernel]
+    rows = flash_tile(head_dim, DTYPES[dtype][1]).of(kernel)
     constants: dict[str, Any] = {"D": head_dim, "BLOCK_Q": rows[0], "BLOCK_K": rows[1], "CAUSAL": True}
     options: dict[str, Any] = {"num_warps": option.num_warps}
     if option.implementation == "hopper":

@@ -15,24 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# fmt: off (formatted, every argument of a kernel would have a line of its own)
+# Formatted, every argument of a kernel would have a line of its own.
+# fmt: off
 
+SIZES = ("H", "S", "Z", "offset", "num_heads", "at_once")
+"""Arguments for whose values nothing is compiled anew."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _tile(
-    source,
-    b,
-    h,
-    first,
-    length,
-    stride_b,
-    stride_s,
-    stride_h,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
+    source, b, h, first, length, stride_b, stride_s, stride_h, ROWS: tl.constexpr, D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Rows [first, first + ROWS) of a head [ROWS, D]; zeros past the end."""
@@ -75,30 +69,8 @@ def _keys_of(first, offset, S, Z, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, 
 
 @triton.jit
 def _forward_keys(
-    acc_qD,
-    sum_q,
-    max_q,
-    q_qD,
-    k_ptr,
-    v_ptr,
-    b,
-    h,
-    kb,
-    ks,
-    kh,
-    vb,
-    vs,
-    vh,
-    start,
-    end,
-    Z,
-    last_q,
-    scale,
-    BLOCK_K: tl.constexpr,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc_qD, sum_q, max_q, q_qD, k_ptr, v_ptr, b, h, kb, ks, kh, vb, vs, vh, start, end, Z, last_q, scale,
+    BLOCK_K: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Let a block of queries see key blocks [start, end): the online softmax."""
     for block in tl.range(start, end):
@@ -122,36 +94,11 @@ def _forward_keys(
     return acc_qD, sum_q, max_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    qb,
-    qs,
-    qh,
-    kb,
-    ks,
-    kh,
-    vb,
-    vs,
-    vh,
-    H,
-    G,
-    S,
-    Z,
-    offset,
-    num_heads,
-    at_once,
-    scale,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, qb, qs, qh, kb, ks, kh, vb, vs, vh, H, G, S, Z, offset, num_heads,
+    at_once, scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out [B, S, H, D] and lse [B, H, S], a block of queries of one head a program."""
     num_blocks = tl.cdiv(S, BLOCK_Q)
@@ -166,56 +113,12 @@ def forward(
     sum_q = tl.zeros([BLOCK_Q], tl.float32)
     acc_qD = tl.zeros([BLOCK_Q, D], tl.float32)
     acc_qD, sum_q, max_q = _forward_keys(
-        acc_qD,
-        sum_q,
-        max_q,
-        q_qD,
-        k_ptr,
-        v_ptr,
-        b,
-        h // G,
-        kb,
-        ks,
-        kh,
-        vb,
-        vs,
-        vh,
-        0,
-        whole,
-        Z,
-        last_q,
-        scale,
-        BLOCK_K,
-        D,
-        False,
-        DESCRIPTORS,
-        PRECISION,
+        acc_qD, sum_q, max_q, q_qD, k_ptr, v_ptr, b, h // G, kb, ks, kh, vb, vs, vh, 0, whole, Z, last_q, scale,
+        BLOCK_K, D, False, DESCRIPTORS, PRECISION,
     )
     acc_qD, sum_q, max_q = _forward_keys(
-        acc_qD,
-        sum_q,
-        max_q,
-        q_qD,
-        k_ptr,
-        v_ptr,
-        b,
-        h // G,
-        kb,
-        ks,
-        kh,
-        vb,
-        vs,
-        vh,
-        whole,
-        end,
-        Z,
-        last_q,
-        scale,
-        BLOCK_K,
-        D,
-        True,
-        DESCRIPTORS,
-        PRECISION,
+        acc_qD, sum_q, max_q, q_qD, k_ptr, v_ptr, b, h // G, kb, ks, kh, vb, vs, vh, whole, end, Z, last_q, scale,
+        BLOCK_K, D, True, DESCRIPTORS, PRECISION,
     )
     unseen = sum_q == 0.0
     acc_qD = acc_qD * (1.0 / tl.where(unseen, 1.0, sum_q))[:, None]
@@ -256,37 +159,9 @@ def _statistics(lse_ptr, delta_ptr, head, first, S, ROWS: tl.constexpr):
 
 @triton.jit
 def _dkv_queries(
-    dk_kD,
-    dv_kD,
-    k_kD,
-    v_kD,
-    q_ptr,
-    dout_ptr,
-    lse_ptr,
-    delta_ptr,
-    b,
-    h,
-    H,
-    qb,
-    qs,
-    qh,
-    db,
-    ds,
-    dh,
-    start,
-    end,
-    S,
-    first_key,
-    Z,
-    offset,
-    scale,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dk_kD, dv_kD, k_kD, v_kD, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h, H, qb, qs, qh, db, ds, dh, start, end, S,
+    first_key, Z, offset, scale, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Add what query blocks [start, end) of one head give to dk and dv of a block of keys."""
     keys = first_key + tl.arange(0, BLOCK_K)
@@ -310,43 +185,11 @@ def _dkv_queries(
     return dk_kD, dv_kD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dkv(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    dk_ptr,
-    dv_ptr,
-    lse_ptr,
-    delta_ptr,
-    qb,
-    qs,
-    qh,
-    kb,
-    ks,
-    kh,
-    vb,
-    vs,
-    vh,
-    db,
-    ds,
-    dh,
-    H,
-    G,
-    S,
-    Z,
-    offset,
-    num_heads,
-    at_once,
-    scale,
-    softmax_scale,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, qb, qs, qh, kb, ks, kh, vb, vs, vh, db, ds,
+    dh, H, G, S, Z, offset, num_heads, at_once, scale, softmax_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk, dv [B, Z, K, D], a block of keys of a key head a program: it walks queries of the G heads that share it."""
     num_blocks_q, K = tl.cdiv(S, BLOCK_Q), H // G
@@ -363,69 +206,12 @@ def dkv(
     dv_kD = tl.zeros([BLOCK_K, D], tl.float32)
     for shared in tl.range(0, G):
         dk_kD, dv_kD = _dkv_queries(
-            dk_kD,
-            dv_kD,
-            k_kD,
-            v_kD,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            delta_ptr,
-            b,
-            h * G + shared,
-            H,
-            qb,
-            qs,
-            qh,
-            db,
-            ds,
-            dh,
-            start,
-            whole,
-            S,
-            first,
-            Z,
-            offset,
-            scale,
-            BLOCK_Q,
-            BLOCK_K,
-            D,
-            CAUSAL,
-            True,
-            DESCRIPTORS,
-            PRECISION,
+            dk_kD, dv_kD, k_kD, v_kD, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h * G + shared, H, qb, qs, qh, db, ds,
+            dh, start, whole, S, first, Z, offset, scale, BLOCK_Q, BLOCK_K, D, CAUSAL, True, DESCRIPTORS, PRECISION,
         )
         dk_kD, dv_kD = _dkv_queries(
-            dk_kD,
-            dv_kD,
-            k_kD,
-            v_kD,
-            q_ptr,
-            dout_ptr,
-            lse_ptr,
-            delta_ptr,
-            b,
-            h * G + shared,
-            H,
-            qb,
-            qs,
-            qh,
-            db,
-            ds,
-            dh,
-            whole,
-            num_blocks_q,
-            S,
-            first,
-            Z,
-            offset,
-            scale,
-            BLOCK_Q,
-            BLOCK_K,
-            D,
-            CAUSAL,
-            False,
-            DESCRIPTORS,
+            dk_kD, dv_kD, k_kD, v_kD, q_ptr, dout_ptr, lse_ptr, delta_ptr, b, h * G + shared, H, qb, qs, qh, db, ds,
+            dh, whole, num_blocks_q, S, first, Z, offset, scale, BLOCK_Q, BLOCK_K, D, CAUSAL, False, DESCRIPTORS,
             PRECISION,
         )
     keys = first + tl.arange(0, BLOCK_K)
@@ -437,31 +223,8 @@ def dkv(
 
 @triton.jit
 def _dq_keys(
-    dq_qD,
-    q_qD,
-    dout_qD,
-    lse_q,
-    delta_q,
-    k_ptr,
-    v_ptr,
-    b,
-    h,
-    kb,
-    ks,
-    kh,
-    vb,
-    vs,
-    vh,
-    start,
-    end,
-    Z,
-    last_q,
-    scale,
-    BLOCK_K: tl.constexpr,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq_qD, q_qD, dout_qD, lse_q, delta_q, k_ptr, v_ptr, b, h, kb, ks, kh, vb, vs, vh, start, end, Z, last_q, scale,
+    BLOCK_K: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Add what key blocks [start, end) give to dq of a block of queries."""
     for block in tl.range(start, end):
@@ -479,42 +242,11 @@ def _dq_keys(
     return dq_qD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def dq(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    dq_ptr,
-    lse_ptr,
-    delta_ptr,
-    qb,
-    qs,
-    qh,
-    kb,
-    ks,
-    kh,
-    vb,
-    vs,
-    vh,
-    db,
-    ds,
-    dh,
-    H,
-    G,
-    S,
-    Z,
-    offset,
-    num_heads,
-    at_once,
-    scale,
-    softmax_scale,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr, qb, qs, qh, kb, ks, kh, vb, vs, vh, db, ds, dh, H, G,
+    S, Z, offset, num_heads, at_once, scale, softmax_scale, D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq [B, S, H, D], a block of queries of one head a program."""
     num_blocks = tl.cdiv(S, BLOCK_Q)
@@ -528,58 +260,12 @@ def dq(
     whole, end, last_q = _keys_of(first, offset, S, Z, BLOCK_Q, BLOCK_K, CAUSAL)
     dq_qD = tl.zeros([BLOCK_Q, D], tl.float32)
     dq_qD = _dq_keys(
-        dq_qD,
-        q_qD,
-        dout_qD,
-        lse_q,
-        delta_q,
-        k_ptr,
-        v_ptr,
-        b,
-        h // G,
-        kb,
-        ks,
-        kh,
-        vb,
-        vs,
-        vh,
-        0,
-        whole,
-        Z,
-        last_q,
-        scale,
-        BLOCK_K,
-        D,
-        False,
-        DESCRIPTORS,
-        PRECISION,
+        dq_qD, q_qD, dout_qD, lse_q, delta_q, k_ptr, v_ptr, b, h // G, kb, ks, kh, vb, vs, vh, 0, whole, Z, last_q,
+        scale, BLOCK_K, D, False, DESCRIPTORS, PRECISION,
     )
     dq_qD = _dq_keys(
-        dq_qD,
-        q_qD,
-        dout_qD,
-        lse_q,
-        delta_q,
-        k_ptr,
-        v_ptr,
-        b,
-        h // G,
-        kb,
-        ks,
-        kh,
-        vb,
-        vs,
-        vh,
-        whole,
-        end,
-        Z,
-        last_q,
-        scale,
-        BLOCK_K,
-        D,
-        True,
-        DESCRIPTORS,
-        PRECISION,
+        dq_qD, q_qD, dout_qD, lse_q, delta_q, k_ptr, v_ptr, b, h // G, kb, ks, kh, vb, vs, vh, whole, end, Z, last_q,
+        scale, BLOCK_K, D, True, DESCRIPTORS, PRECISION,
     )
     rows = first + tl.arange(0, BLOCK_Q)
     at = ((b.to(tl.int64) * S + rows.to(tl.int64)) * H + h)[:, None] * D + tl.arange(0, D)[None, :]

@@ -35,7 +35,7 @@ class Candidate:
     descriptors: bool = False
     """Tiles are read through tensor descriptors: 16-byte aligned strides, Hopper or later."""
     late: bool = False
-    """hopper's dkv only: products run on under the next block's scores."""
+    """hopper's dkv only: products run under the exponentials of the next block."""
 
 
 class Problem(NamedTuple):
@@ -58,11 +58,11 @@ def _hopper(num_stages: int, *, late: bool = False) -> Candidate:
 
 
 _ON_HOPPER: dict[tuple[KernelName, int], tuple[Candidate, ...]] = {
-    ("forward", 64): (_triton(4, 3, descriptors=True), _hopper(3)),
-    ("dkv", 64): (_hopper(3), _hopper(3, late=True), _triton(8, 3, descriptors=True)),
-    ("dq", 64): (_triton(4, 3, descriptors=True), _triton(4, 2, descriptors=True)),
+    ("forward", 64): (_triton(4, 3, descriptors=True), _triton(4, 4, descriptors=True), _hopper(3)),
+    ("dkv", 64): (_hopper(3), _hopper(3, late=True), _hopper(4, late=True)),
+    ("dq", 64): (_triton(4, 3, descriptors=True), _triton(4, 4, descriptors=True)),
     ("forward", 128): (_hopper(2), _triton(8, 3, descriptors=True)),
-    ("dkv", 128): (_hopper(2), _hopper(2, late=True), _triton(8, 2, descriptors=True)),
+    ("dkv", 128): (_hopper(2), _hopper(3), _triton(8, 2, descriptors=True)),
     ("dq", 128): (_hopper(3), _hopper(2), _triton(8, 3, descriptors=True)),
 }
 """16-bit inputs that descriptors can read; the first of each was the fastest on an H200."""

@@ -12,7 +12,7 @@ Backward is two kernels, so that no gradient is summed by atomics: its result do
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """Head dimensions that the kernels take."""
@@ -27,6 +27,11 @@ class FlashTile(NamedTuple):
     dkv_keys: int
     dq_queries: int
     dq_keys: int
+
+    def of(self, kernel: Literal["forward", "dkv", "dq"]) -> tuple[int, int]:
+        """Queries and keys of one kernel's tiles."""
+        at = 2 * ("forward", "dkv", "dq").index(kernel)
+        return self[at], self[at + 1]
 
 
 def flash_tile(head_dim: int, itemsize: int) -> FlashTile:
