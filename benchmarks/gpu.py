@@ -50,14 +50,21 @@ LIMITS = {
 ATTENTION_COMMANDS: dict[str, tuple[str, ...]] = {
     "attention": ("--grid", "flash", "--tune", "true", "--seconds", "0.12", "--max-seconds", "75"),
     "naive": (
-        *("--grid", "naive", "--implementations", "naive,naive-compiled,naive-max-autotune,flash", "--seconds", "0.05"),
-        *("--head-dims", "64", "--seqs", "512,2048,8192,32768", "--repeats", "10", "--max-seconds", "80"),
+        *("--grid", "naive", "--implementations", "naive,naive-compiled,naive-max-autotune,flash", "--dtypes", "bf16"),
+        *("--head-dims", "64", "--seqs", "2048,8192,65536", "--seconds", "0.05", "--max-seconds", "60"),
     ),
 }
 """Stages that are `meshwright bench attention`, and its arguments."""
 
-FLEX_CELLS = tuple((head_dim, seq) for head_dim in (64, 128) for seq in (1024, 2048, 4096, 8192, 16384, 32768, 65536))
-"""Width and length of what FlexAttention compiles for the first of these stages: done beforehand, all at once."""
+COMPILED_AHEAD = (
+    *(
+        ("flash", "flex", head_dim, seq)
+        for head_dim in (64, 128)
+        for seq in (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    ),
+    *(("naive", name, 64, seq) for name in ("naive-compiled", "naive-max-autotune") for seq in (2048, 8192)),
+)
+"""Grid, implementation, width and length of what these stages compile: in turns it would take minutes."""
 
 FOOTPRINTS: dict[str, tuple[str, dict[str, str]]] = {
     "quickstart": ("quickstart", {}),
@@ -394,17 +401,14 @@ def naive(out: Path) -> str:
 
 
 def compile_ahead() -> None:
-    """Fill the compiler's cache on disk with what FlexAttention needs: in turns it would take minutes."""
-    command = [*MESHWRIGHT, "bench", "attention", "--grid", "flash", "--implementations", "flex", "--repeats", "1"]
-    cells = [["--head-dims", str(head_dim), "--seqs", str(seq)] for head_dim, seq in FLEX_CELLS]
+    """Fill the compiler's cache on disk, all at once."""
     alone = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    began = time.monotonic()
-    compiling = [
-        subprocess.Popen(
-            [*command, *cell, "--matmul-size", "16"], env=alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for cell in cells
-    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    began, compiling = time.monotonic(), []
+    for grid, name, head_dim, seq in COMPILED_AHEAD:
+        command = [*MESHWRIGHT, "bench", "attention", "--grid", grid, "--implementations", name, "--repeats", "1"]
+        command += ["--dtypes", "bf16", "--head-dims", str(head_dim), "--seqs", str(seq), "--matmul-size", "16"]
+        compiling.append(subprocess.Popen(command, env=alone, **quiet))
     for process in compiling:
         try:
             process.wait(timeout=max(0.0, began + COMPILE_SECONDS - time.monotonic()))

@@ -13,7 +13,7 @@ from jobs import sampled
 from reference import strides
 from reference.flash import DTYPES, Problem, assert_flash, assert_judged, flash, tiled, worst
 
-from meshwright.kernels import flash_attention
+from meshwright.kernels import flash_attention, flash_launch
 from meshwright.kernels.flash_attention import flash_backward, flash_forward
 from meshwright.kernels.reference import tiled_attention
 from meshwright.schemes.flash import FlashTile
@@ -143,8 +143,8 @@ def test_flash_blocks_as_they_are(flash_device, dtype, D, causal):
 @pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_flash_heads_in_groups(flash_device, monkeypatch, at_once):
     """Programs take so many heads side by side; elsewhere all of a small problem are one group."""
-    monkeypatch.setattr(flash_attention, "L2_BYTES", 0)
-    monkeypatch.setattr(flash_attention, "FEWEST_AT_ONCE", at_once)
+    monkeypatch.setattr(flash_launch, "_at_once", lambda num_heads, length, plan: at_once)
+    monkeypatch.setattr(flash_launch, "_step", flash_launch._step.__wrapped__)
     assert_flash(Problem(20, 20, H=3, K=3, B=2), torch.float32, flash_device)
 
 
