@@ -13,6 +13,8 @@
                   `meshwright bench matmul`, a part each: communication under computation in the lab; 25 minutes
     overlap-timeline
                   what the timeline says of these, beside what was measured
+    flash-compile `python -m meshwright.bench.flash_compile`: every configuration of the flash kernels compiled for GPUs
+                  that need not be here: registers, spills, shared memory, instruction; needs Triton
 
 `python benchmarks/commands.py [NAME ...]` runs some of them. Limits are the project's own targets.
 """
@@ -31,6 +33,7 @@ from typing import Any
 
 from meshwright.bench import attention as bench_attention
 from meshwright.bench import collectives as bench_collectives
+from meshwright.bench import flash_compile as bench_flash_compile
 from meshwright.bench import gradients as bench_gradients
 from meshwright.bench import overlap, record, ring
 from meshwright.bench.context import Setting
@@ -121,6 +124,15 @@ def overlap_timeline() -> list[dict[str, Any]]:
     return timeline_rows([row for part in overlap.PARTS for row in overlap_part(part)])
 
 
+def flash_compile() -> list[dict[str, Any]]:
+    """A row for each configuration and compute capability."""
+    rows = []
+    for compiled in bench_flash_compile.compile_all():
+        rows.append(compiled.row())
+        print(compiled, flush=True)
+    return rows
+
+
 def _timed(command: list[str]) -> tuple[float, int, str]:
     """Seconds, peak resident bytes and output of a program that must succeed."""
     began = time.perf_counter()
@@ -147,6 +159,7 @@ BENCHMARKS = {
     "gradients-two-hosts": gradients_two_hosts,
     **{f"overlap-{part}": functools.partial(overlap_part, part) for part in overlap.PARTS},
     "overlap-timeline": overlap_timeline,
+    "flash-compile": flash_compile,
 }
 
 
