@@ -133,7 +133,7 @@ def forward(
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("H", "S", "num_rows"))
 def delta(out_ptr, dout_ptr, delta_ptr, H, S, num_rows, ob, os, oh, db, ds, dh, D: tl.constexpr, ROWS: tl.constexpr):
     """delta [B, H, S] = rowsum(dout ∘ out): rows of all heads in the order in which they lie in memory."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
