@@ -23,7 +23,7 @@ The kernels are `flash_triton` (everywhere, the interpreter included) and `flash
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -157,18 +157,25 @@ def _backward_flops(
 
 def _check(q: Any, k: Any, v: Any) -> None:
     """Raise ValueError for what the kernels do not take."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if any(x.dim() != 4 for x in (q, k, v)):
-        raise ValueError(f"flash attention takes [B, S, H, D] and twice [B, Z, K, D]: {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"k and v must have one shape, and q's batch and head_dim: {shapes}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
-    if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}: {shapes}")
+    _check_shapes(q.shape, k.shape, v.shape)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         names = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
         raise ValueError(f"q, k and v must all be float32, float16 or bfloat16: they are {names}")
+
+
+def _check_shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
+    if len(q) == len(k) == len(v) == 4:
+        if k != v or q[0] != k[0] or q[3] != k[3]:
+            wrong = "k and v must have one shape, and q's batch and head_dim"
+        elif k[2] == 0 or q[2] % k[2]:
+            wrong = "query heads must be a multiple of key heads"
+        elif q[3] not in HEAD_DIMS:
+            wrong = f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}"
+        else:
+            return
+    else:
+        wrong = "flash attention takes [B, S, H, D] and twice [B, Z, K, D]"
+    raise ValueError(f"{wrong}: q {tuple(q)}, k {tuple(k)}, v {tuple(v)}")
 
 
 def tune_flash(

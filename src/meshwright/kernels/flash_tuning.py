@@ -94,6 +94,7 @@ def candidates(kernel: KernelName, problem: Problem) -> tuple[Candidate, ...]:
     return _ELSEWHERE[kernel, head_dim]
 
 
+@functools.cache
 def chosen(kernel: KernelName, problem: Problem) -> Candidate:
     """The candidate that was the fastest when this device was tuned; the default where it was not."""
     options = candidates(kernel, problem)
@@ -122,7 +123,7 @@ def tune(kernel: KernelName, problem: Problem, launch: Callable[[Candidate], obj
     path = _file()
     kept = {**_kept(path), _key(kernel, problem): asdict(min(times, key=times.__getitem__))}
     _write(path, kept)
-    _kept.cache_clear()
+    chosen.cache_clear()
     return times
 
 
@@ -141,7 +142,6 @@ def _file() -> Path:
     return cache / "meshwright" / "flash" / f"{device}-triton-{triton.__version__}.json"
 
 
-@functools.cache
 def _kept(path: Path) -> dict[str, dict[str, object]]:
     try:
         kept = json.loads(path.read_text())
