@@ -149,8 +149,9 @@ def _seconds_on_gpu(call: Callable[[], Any], repeats: int) -> float:
 
 def numerics(out: Path) -> str:
     """The kernels' own tests."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels/test_flash_gpu.py", "-q", "--no-header"]
-    text = _printed([*command, "-p", "no:cacheprovider", "-W", "default", "-n", str(os.cpu_count())])
+    command = [sys.executable, "-m", "pytest", "tests/kernels/test_flash_gpu.py", "tests/kernels/test_flex.py"]
+    options = ["-v", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "default", "-n", str(os.cpu_count())]
+    text = _printed([*command, *options])
     summary = text.strip().splitlines()[-1]
     if "passed" not in summary:
         raise Failed(f"no test ran on the GPU: {summary}")
@@ -532,15 +533,27 @@ def _options(fields: dict[str, str]) -> list[str]:
 
 
 def _printed(command: list[str], codes: tuple[int, ...] = (0,)) -> str:
-    """Run a program, print what it prints, and return its standard output. Raises Failed for another exit code."""
+    """Run a program, print what it prints as it comes, and return its standard output.
+
+    Raises Failed for another exit code.
+    """
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    ended = f"[exit code {done.returncode}, {time.monotonic() - began:.1f} s]"
-    print(f"$ {' '.join(command[1:])}\n{done.stdout}{done.stderr}{ended}\n", end="", flush=True)
-    if done.returncode not in codes:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise Failed(f"exit code {done.returncode}: {said[-1] if said else ''}")
-    return done.stdout
+    print(f"$ {' '.join(command[1:])}", flush=True)
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        output = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            output.append(line)
+        code = process.wait()
+        errors.seek(0)
+        said = errors.read()
+    print(f"{said}[exit code {code}, {time.monotonic() - began:.1f} s]", flush=True)
+    if code not in codes:
+        lines = (said.strip() or "".join(output).strip()).splitlines()
+        raise Failed(f"exit code {code}: {lines[-1] if lines else ''}")
+    return "".join(output)
 
 
 def _first_line(error: BaseException, *, last: bool = False) -> str:
