@@ -4,6 +4,7 @@
     numerics      tests of the kernels, on tensors of the GPU
     footprint     planned, rehearsed and recorded bytes beside the allocator's; writes OUT/footprint/DEVICE-DATE.json
     agreement     the cases of one device: formula = rehearsal = run; writes OUT/agreement/DEVICE-DATE.json
+    flex          tests of FlexAttention behind our operators
     training      losses over 20 steps by attention and compilation, and what `meshwright verify` says
     attention     `meshwright bench attention`: fused kernels
     naive         the same: naive attention, compiled and not
@@ -40,6 +41,7 @@ LIMITS = {
     "footprint": 120.0,
     "agreement": 120.0,
     "numerics": 180.0,
+    "flex": 60.0,
     "training": 180.0,
     "nccl": 120.0,
     "attention": 200.0,
@@ -149,9 +151,17 @@ def _seconds_on_gpu(call: Callable[[], Any], repeats: int) -> float:
 
 def numerics(out: Path) -> str:
     """The kernels' own tests."""
-    command = [sys.executable, "-m", "pytest", "tests/kernels/test_flash_gpu.py", "tests/kernels/test_flex.py"]
+    return _tested("tests/kernels/test_flash_gpu.py")
+
+
+def flex(out: Path) -> str:
+    """FlexAttention behind our operators: until these pass, nobody trains with it (`training.device`)."""
+    return _tested("tests/kernels/test_flex.py")
+
+
+def _tested(path: str) -> str:
     options = ["-v", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "default", "-n", str(os.cpu_count())]
-    text = _printed([*command, *options])
+    text = _printed([sys.executable, "-m", "pytest", path, *options])
     summary = text.strip().splitlines()[-1]
     if "passed" not in summary:
         raise Failed(f"no test ran on the GPU: {summary}")
@@ -512,6 +522,7 @@ STAGES: dict[str, Callable[[Path], str]] = {
     "footprint": footprint,
     "agreement": agreement,
     "numerics": numerics,
+    "flex": flex,
     "training": training,
     "nccl": nccl,
     "attention": attention,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from meshwright.comm import torch_private
 from meshwright.rehearsal.fake_world import fake_group, fake_tensors
@@ -100,6 +100,26 @@ def test_a_settled_fully_sharded_model_keeps_its_parameters_through_the_first_st
             before = _storages(model)
             model(torch.zeros(2, 6)).sum().backward()
             assert _storages(model) == before
+
+
+def test_dtensors_shapes_are_derived_where_no_recorder_looks() -> None:
+    """Of the sum of two tensors split in two, a mode sees the sum of their local halves and nothing else."""
+    seen: list[Any] = []
+
+    class Mode(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if DTensor in types:
+                return NotImplemented
+            seen.append((func, args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    with fake_group(2, 0):
+        mesh = init_device_mesh("cpu", (2,))
+        with fake_tensors():
+            split = DTensor.from_local(torch.zeros(5, 77), mesh, [Shard(0)], run_check=False)  # not cached before
+            with Mode():
+                split + split
+    assert seen == [(torch.ops.aten.add.Tensor, (5, 77))]
 
 
 def _storages(model: nn.Module) -> list[int]:

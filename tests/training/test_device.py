@@ -120,7 +120,7 @@ def test_our_kernel_runs_on_a_cpu_only_if_it_is_interpreted(
 def test_our_kernel_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_num_gpus", lambda: 1)
     monkeypatch.setattr(device, "_has_triton", lambda: False)
-    for asked in ("naive", "sdpa", "flex"):
+    for asked in ("naive", "sdpa"):
         assert resolve_device(attending(device="cuda", attention=asked, precision="bf16"), planning=False)
     for asked in ("flash", "auto"):
         with pytest.raises(UserError) as refused:
@@ -129,6 +129,16 @@ def test_our_kernel_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
             f"training.attention = {asked} needs the package triton, which is not installed (our kernel is written in "
             "it): pip install triton, or use training.attention sdpa"
         )
+
+
+def test_flex_is_planned_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_num_gpus", lambda: 1)
+    job = attending(device="cuda", attention="flex", precision="bf16")
+    assert resolve_device(job, planning=True) == job
+    with pytest.raises(
+        UserError, match=r"^training\.attention = flex can be planned.*: use training\.attention flash or sdpa$"
+    ):
+        resolve_device(job, planning=False)
 
 
 def test_what_a_device_cannot_take_is_refused_once_the_device_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

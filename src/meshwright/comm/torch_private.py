@@ -25,6 +25,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "all_gather_into",
+    "deriving_shapes_apart",
     "ending_ranks_within",
     "flex_backward",
     "flex_forward",
@@ -101,6 +102,18 @@ def shutdown_timeout(seconds: int) -> dict[str, Any]:
     """
     known = inspect.signature(LaunchConfig).parameters
     return {"shutdown_timeout": seconds} if "shutdown_timeout" in known else {}
+
+
+@contextmanager
+def deriving_shapes_apart() -> Iterator[None]:
+    """Inside, DTensor derives the shape of a result in a fake mode of its own, as it does on real tensors.
+
+    In one that is entered already it would run the operator once more, in full size, under every mode in between.
+    """
+    from torch.distributed.tensor import _sharding_prop
+
+    with mock.patch.object(_sharding_prop, "detect_fake_mode", return_value=None):
+        yield
 
 
 def settle_fully_sharded(root: torch.nn.Module) -> None:

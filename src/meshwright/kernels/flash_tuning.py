@@ -59,7 +59,7 @@ def _hopper(num_stages: int, *, late: bool = False) -> Candidate:
 
 _ON_HOPPER: dict[tuple[KernelName, int], tuple[Candidate, ...]] = {
     ("forward", 64): (_triton(4, 3, descriptors=True), _triton(4, 4, descriptors=True), _hopper(3)),
-    ("dkv", 64): (_hopper(3), _hopper(3, late=True), _hopper(4, late=True)),
+    ("dkv", 64): (_hopper(3, late=True), _hopper(4, late=True), _hopper(3)),
     ("dq", 64): (_triton(4, 3, descriptors=True), _triton(4, 4, descriptors=True)),
     ("forward", 128): (_hopper(2), _triton(8, 3, descriptors=True)),
     ("dkv", 128): (_hopper(2), _hopper(3), _triton(8, 2, descriptors=True)),
@@ -69,7 +69,7 @@ _ON_HOPPER: dict[tuple[KernelName, int], tuple[Candidate, ...]] = {
 
 _ELSEWHERE: dict[tuple[KernelName, int], tuple[Candidate, ...]] = {
     ("forward", 64): (_triton(4, 3), _triton(4, 2), _triton(8, 3)),
-    ("dkv", 64): (_triton(8, 2), _triton(8, 3), _triton(4, 2)),
+    ("dkv", 64): (_triton(8, 2), _triton(8, 3)),
     ("dq", 64): (_triton(4, 3), _triton(4, 2)),
     ("forward", 128): (_triton(8, 2), _triton(8, 1)),
     ("dkv", 128): (_triton(8, 2), _triton(8, 1)),
