@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import meshwright
-from meshwright.account import Ledger, StepAccount, diff_ledgers
+from meshwright.account import Compute, Ledger, StepAccount, diff_ledgers
 from meshwright.comm.ranks import Ranks
 from meshwright.errors import UserError
 
@@ -131,6 +132,17 @@ def test_flops_equal_torchs_own_counter() -> None:
     with meshwright.audit() as a:  # type: ignore[operator]
         model(x).sum().backward()
     assert a.account.work.flops() == counter.get_total_flops() > 0
+
+
+def test_what_dtensor_runs_for_shapes_alone_is_not_counted() -> None:
+    """Nothing is cached yet for this shape, so the sum is run in full size too, to see its shape."""
+    with meshwright.rehearse(world=2) as r:
+        mesh = init_device_mesh("cpu", (2,))
+        split = DTensor.from_local(torch.zeros(5, 79), mesh, [Shard(0)], run_check=False)
+        r.restart()
+        split + split
+    touched = [event.bytes for event in r.account.trace.events if isinstance(event, Compute)]
+    assert touched == [3 * 5 * 79 * 4]
 
 
 def test_functional_attention_is_counted_as_attention() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -102,24 +104,35 @@ def test_a_settled_fully_sharded_model_keeps_its_parameters_through_the_first_st
             assert _storages(model) == before
 
 
-def test_dtensors_shapes_are_derived_where_no_recorder_looks() -> None:
-    """Of the sum of two tensors split in two, a mode sees the sum of their local halves and nothing else."""
-    seen: list[Any] = []
+def test_what_dtensor_runs_to_propagate_shardings_can_be_told_apart() -> None:
+    """Of a sum of tensors split in two, what is left is the sum of their local halves."""
+    inside: list[bool] = [False]
+    seen: list[tuple[bool, Any, torch.Size]] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
 
     class Mode(torch_private.TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if DTensor in types:
                 return NotImplemented
-            seen.append((func, args[0].shape))
-            return func(*args, **(kwargs or {}))
+            outputs = func(*args, **(kwargs or {}))
+            if isinstance(outputs, torch.Tensor):
+                seen.append((inside[-1], func, outputs.shape))
+            return outputs
 
+    add = torch.ops.aten.add.Tensor
     with fake_group(2, 0):
         mesh = init_device_mesh("cpu", (2,))
         with fake_tensors():
-            split = DTensor.from_local(torch.zeros(5, 77), mesh, [Shard(0)], run_check=False)  # not cached before
-            with Mode():
+            split = DTensor.from_local(torch.zeros(5, 77), mesh, [Shard(0)], run_check=False)  # in no cache yet
+            with Mode(), torch_private.sharding_propagated_within(noted):
                 split + split
-    assert seen == [(torch.ops.aten.add.Tensor, (5, 77))]
+    assert [(func, shape) for within, func, shape in seen if not within] == [(add, (5, 77))]
+    assert (True, add, (10, 77)) in seen
 
 
 def _storages(model: nn.Module) -> list[int]:

@@ -170,6 +170,7 @@ class Recorder(torch_private.TorchDispatchMode):
         for handle in handles:
             self._stack.callback(handle.remove)
         self._stack.enter_context(scope.observe(self))
+        self._stack.enter_context(torch_private.sharding_propagated_within(scope.unaccounted))
         self._stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", _watched_resize(self)))
         self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
         self._active = True
@@ -185,7 +186,7 @@ class Recorder(torch_private.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in ("prim", "profiler") or scope.is_inside_backend():
+        if func.namespace in ("prim", "profiler") or scope.is_unaccounted():
             return func(*args, **kwargs)
         if any(hasattr(cls, "__tensor_flatten__") for cls in types):
             return NotImplemented  # a wrapper such as DTensor goes first; its local operations come back here

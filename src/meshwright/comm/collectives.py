@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from meshwright.comm import torch_private
 from meshwright.comm.failure import Call, failing_as
-from meshwright.comm.scope import current, inside_backend, notify_wait, observed, scope, waiting
+from meshwright.comm.scope import current, notify_wait, observed, scope, unaccounted, waiting
 
 Reduction = Literal["sum", "max"]
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -49,7 +49,7 @@ class Pending:
         """
         if self.works:
             works, self.works = list(self.works), ()
-            with inside_backend(), failing_as(self.call, accepted=True), waiting(self.call):
+            with unaccounted(), failing_as(self.call, accepted=True), waiting(self.call):
                 while works:  # a work that is done must not be kept: it may hold the tensor
                     works.pop(0).wait()
             if observed():

@@ -77,18 +77,18 @@ def observe(observer: Observer) -> Iterator[None]:
 
 
 @contextmanager
-def inside_backend() -> Iterator[None]:
-    """What is executed inside belongs to the communication backend, and to no account (gloo copies on this thread)."""
-    outer, _local.inside_backend = is_inside_backend(), True
+def unaccounted() -> Iterator[None]:
+    """What is executed inside belongs to no account: gloo's copies on this thread, DTensor's derivation of shapes."""
+    outer, _local.unaccounted = is_unaccounted(), True
     try:
         yield
     finally:
-        _local.inside_backend = outer
+        _local.unaccounted = outer
 
 
-def is_inside_backend() -> bool:
-    """Whether this thread waits inside the communication backend."""
-    return getattr(_local, "inside_backend", False)
+def is_unaccounted() -> bool:
+    """Whether what this thread executes now belongs to no account."""
+    return getattr(_local, "unaccounted", False)
 
 
 def observed() -> bool:

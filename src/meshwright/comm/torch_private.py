@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -15,6 +15,7 @@ import torch.distributed.fsdp._fully_shard._fsdp_collectives as fsdp_collectives
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.flop_counter import flop_registry
@@ -25,7 +26,6 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "all_gather_into",
-    "deriving_shapes_apart",
     "ending_ranks_within",
     "flex_backward",
     "flex_forward",
@@ -42,6 +42,7 @@ __all__ = [
     "num_references",
     "reduce_scatter_into",
     "settle_fully_sharded",
+    "sharding_propagated_within",
     "shutdown_timeout",
     "storage_key",
     "unset_fake_temporarily",
@@ -105,14 +106,24 @@ def shutdown_timeout(seconds: int) -> dict[str, Any]:
 
 
 @contextmanager
-def deriving_shapes_apart() -> Iterator[None]:
-    """Inside, DTensor derives the shape of a result in a fake mode of its own, as it does on real tensors.
+def sharding_propagated_within(context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, DTensor is in a `context` while it derives how a result is sharded, and its shape.
 
-    In one that is entered already it would run the operator once more, in full size, under every mode in between.
+    It runs the operator in full size for that, on tensors without values, and the modes that are entered see it. On
+    real tensors it does so once; on fake ones, which it takes for tracing, each time that its cache in C++ is left out.
     """
-    from torch.distributed.tensor import _sharding_prop
+    propagator = DTensor._op_dispatcher.sharding_propagator
 
-    with mock.patch.object(_sharding_prop, "detect_fake_mode", return_value=None):
+    def within(method: Callable[..., Any]) -> Callable[..., Any]:
+        def propagate(*args: Any) -> Any:
+            with context():
+                return method(*args)
+
+        return propagate
+
+    names = ("propagate_op_sharding", "propagate_op_sharding_non_cached")
+    methods: dict[str, Any] = {name: within(getattr(propagator, name)) for name in names}
+    with mock.patch.multiple(propagator, **methods):
         yield
 
 

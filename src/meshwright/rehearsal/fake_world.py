@@ -50,7 +50,6 @@ def fake_tensors() -> Iterator[None]:
         stack.enter_context(mock.patch.object(DeviceMesh, "mesh", property(_unfaked(vars(DeviceMesh)["mesh"].fget))))
         stack.enter_context(mock.patch.object(device_mesh, "torch", _TorchOfMeshes()))
         stack.enter_context(mock.patch.object(DistributedDataParallel, "__init__", _refuse_ddp))
-        stack.enter_context(torch_private.deriving_shapes_apart())
         stack.enter_context(torch_private.FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
