@@ -13,7 +13,6 @@ from meshwright.config.files import load_job
 from meshwright.config.legality import require_legal
 from meshwright.config.tree import Cluster, Layout, Model, Training
 from meshwright.errors import UserError
-from meshwright.schemes.flash import HEAD_DIMS
 
 CPU = AttentionCall("cpu", half=False, head_dim=64)
 CUDA = AttentionCall("cuda", half=True, head_dim=64)
@@ -154,7 +153,3 @@ def test_catalog_models_have_a_fused_kernel_everywhere() -> None:
             training = Training(attention="auto", device=device, precision=precision)  # type: ignore[arg-type]
             assert chosen_attention(Model(head_dim=head_dim), training).kernel != "naive"
             assert not AttentionCall.of(Model(head_dim=head_dim), training).refusals("auto")
-
-
-def test_what_our_kernel_takes_is_said_once_more_where_schemes_are_not_known() -> None:
-    assert FLASH_HEAD_DIMS == HEAD_DIMS

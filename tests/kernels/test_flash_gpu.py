@@ -9,10 +9,10 @@ import pytest
 import torch
 from reference.flash import Problem, assert_flash
 
-from meshwright.kernels import flash_attention
+from meshwright.config.attention import FLASH_HEAD_DIMS
+from meshwright.kernels import flash_attention, flash_launch
 from meshwright.kernels.flash_tuning import KERNELS, candidates
 from meshwright.kernels.flash_tuning import Problem as Launched
-from meshwright.schemes.flash import HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -34,7 +34,7 @@ def capability():
 def launches():
     """dtype, head_dim, kernel and candidate: all for bfloat16 at 64 and 128, the defaults elsewhere."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in HEAD_DIMS:
+        for head_dim in FLASH_HEAD_DIMS:
             every = dtype == torch.bfloat16 and head_dim in (64, 128)
             for kernel in KERNELS:
                 launched = [Launched(capability(), dtype.itemsize, head_dim, aligned) for aligned in (True, False)]
@@ -45,12 +45,12 @@ def launches():
 
 @pytest.mark.parametrize(("dtype", "head_dim", "kernel", "option"), list(launches()))
 def test_flash_launches_on_this_gpu(monkeypatch, dtype, head_dim, kernel, option):
-    default = flash_attention.chosen
+    default = flash_launch.chosen
 
     def choose(name, launched):
         return option if name == kernel else default(name, launched)
 
-    monkeypatch.setattr(flash_attention, "chosen", choose)
+    monkeypatch.setattr(flash_launch, "chosen", choose)
     for problem in PROBLEMS:
         assert_flash(replace(problem, D=head_dim), dtype, torch.device("cuda"))
 

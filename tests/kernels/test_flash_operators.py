@@ -113,3 +113,25 @@ def test_flash_refuses_what_it_does_not_take(flash_device, name):
     q, k, v, _ = Problem(8, 8, H=4, K=2).tensors(torch.float32, flash_device)
     with pytest.raises(ValueError, match=message):
         flash_forward(*spoil(q, k, v), causal=True)
+
+
+SPOILT = {
+    "dout of another dtype": ({"dout": torch.Tensor.half}, "dout must be torch.float32"),
+    "half of dout": ({"dout": lambda x: x[:, :4]}, r"dout must be torch.float32 \(1, 8, 4, 16\)"),
+    "a shorter lse": ({"lse": lambda x: x[..., :4]}, r"lse must be torch.float32 \(1, 4, 8\)"),
+    "lse in half precision": ({"lse": torch.Tensor.half}, "lse must be torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_flash_backward_refuses_what_does_not_belong_together(flash_device, name):
+    """It would read past the end of what is too short, or take numbers for others."""
+    spoil, message = SPOILT[name]
+    q, k, v, dout = Problem(8, 8, H=4, K=2).tensors(torch.float32, flash_device)
+    out, lse = flash_forward(q, k, v, causal=True)
+    given = {"dout": dout, "lse": lse}
+    given |= {key: change(given[key]) for key, change in spoil.items()}
+    with pytest.raises(ValueError, match=message):
+        flash_backward(given["dout"], q, k, v, out, given["lse"], causal=True)
+    with pytest.raises(ValueError, match="dout must be"):
+        torch.ops.meshwright.flash_delta(out, dout[:, :4])

@@ -24,12 +24,12 @@ from meshwright.bench.attention_rows import cell_rows, matmul_row
 from meshwright.bench.attention_run import Budget, CellResult, matmul_seconds, run_cell, skipped_cell
 from meshwright.bench.attention_subjects import IMPLEMENTATIONS
 from meshwright.bench.record import row
+from meshwright.config.attention import FLASH_HEAD_DIMS
 from meshwright.config.legality import divisors, listed
 from meshwright.config.tree import Device
 from meshwright.config.values import nearest
 from meshwright.errors import UserError
 from meshwright.model.build import DTYPES
-from meshwright.schemes.flash import HEAD_DIMS
 from meshwright.training.device import known_device
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -206,7 +206,7 @@ def _launch_rows(setting: Setting, device: torch.device, tell: Callable[[str], N
     from meshwright.kernels.flash_attention import tune_flash
 
     seq = max((seq for seq in setting.seqs if seq <= TUNED_SEQ), default=min(setting.seqs))
-    for cell in (cell for cell in setting.cells if cell.seq == seq and cell.head_dim in HEAD_DIMS):
+    for cell in (cell for cell in setting.cells if cell.seq == seq and cell.head_dim in FLASH_HEAD_DIMS):
         shapes = [(cell.batch, seq, heads, cell.head_dim) for heads in (cell.heads, cell.kv_heads, cell.kv_heads)]
         q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[cell.dtype]) for shape in shapes)
         for kernel, times in tune_flash(q, k, v, causal=cell.causal).items():

@@ -30,9 +30,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from meshwright.config.attention import FLASH_HEAD_DIMS
 from meshwright.kernels.flash_launch import Call, fill_delta
-from meshwright.kernels.flash_tuning import Candidate, KernelName, chosen, tune
-from meshwright.schemes.flash import HEAD_DIMS, Mask, backward_flops, flash_tile, forward_flops
+from meshwright.kernels.flash_tuning import Candidate, KernelName, tune
+from meshwright.schemes.flash import Mask, backward_flops, flash_tile, forward_flops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,7 +73,7 @@ def _forward(q: Any, k: Any, v: Any, causal: bool, offset: int) -> tuple[torch.T
         return out.zero_(), lse.fill_(-torch.inf)
     if out.numel():
         call = Call((q, k, v), causal, offset, flash_tile(q.shape[3], q.element_size()))
-        call.launch("forward", chosen("forward", call.problem), out, lse)
+        call.run("forward", out, lse)
     return out, lse
 
 
@@ -90,8 +91,7 @@ def _delta(out: Any, dout: Any) -> torch.Tensor:
 
 
 def _delta_output(out: Any, dout: Any) -> torch.Tensor:
-    if out.shape != dout.shape:
-        raise ValueError(f"dout must have the shape of out, {tuple(out.shape)}: it has {tuple(dout.shape)}")
+    _check_like("dout", dout, out.shape, out.dtype)
     B, S, H, _ = out.shape
     return out.new_empty((B, H, S), dtype=torch.float32)
 
@@ -104,8 +104,8 @@ def _backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     call = Call((q, k, v, dout), causal, offset, flash_tile(q.shape[3], q.element_size()))
     statistics = lse.contiguous(), delta.contiguous()
-    call.launch("dkv", chosen("dkv", call.problem), dk, dv, *statistics)
-    call.launch("dq", chosen("dq", call.problem), dq, *statistics)
+    call.run("dkv", dk, dv, *statistics)
+    call.run("dq", dq, *statistics)
     return dq, dk, dv
 
 
@@ -113,6 +113,10 @@ def _backward_outputs(
     dout: Any, q: Any, k: Any, v: Any, lse: Any, delta: Any, causal: bool, offset: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(q, k, v)
+    B, S, H, _ = q.shape
+    _check_like("dout", dout, q.shape, q.dtype)
+    _check_like("lse", lse, (B, H, S), torch.float32)
+    _check_like("delta", delta, (B, H, S), torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -163,14 +167,19 @@ def _check(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"q, k and v must all be float32, float16 or bfloat16: they are {names}")
 
 
+def _check_like(name: str, x: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if x.shape != torch.Size(shape) or x.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {tuple(shape)}: it is {x.dtype} {tuple(x.shape)}")
+
+
 def _check_shapes(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
     if len(q) == len(k) == len(v) == 4:
         if k != v or q[0] != k[0] or q[3] != k[3]:
             wrong = "k and v must have one shape, and q's batch and head_dim"
         elif k[2] == 0 or q[2] % k[2]:
             wrong = "query heads must be a multiple of key heads"
-        elif q[3] not in HEAD_DIMS:
-            wrong = f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}"
+        elif q[3] not in FLASH_HEAD_DIMS:
+            wrong = f"head_dim must be one of {', '.join(map(str, FLASH_HEAD_DIMS))}"
         else:
             return
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from meshwright.kernels.flash_tuning import Candidate, KernelName, Problem
+from meshwright.kernels.flash_tuning import Candidate, KernelName, Problem, candidates, chosen
 from meshwright.schemes.flash import FlashTile
 
 LOG2_E = 1.4426950408889634
@@ -28,6 +28,8 @@ _ROWS_OF_INPUTS = (0, 1, 1, 0)
 """q, k, v and dout: whether a tile has a block's queries or keys."""
 
 _compiled: dict[tuple[object, ...], Any] = {}
+_fitting: dict[tuple[KernelName, Problem], Candidate] = {}
+"""What runs where the choice needs more shared memory than there is."""
 
 
 class Call:
@@ -35,15 +37,47 @@ class Call:
 
     def __init__(self, inputs: tuple[torch.Tensor, ...], causal: bool, offset: int, tile: FlashTile) -> None:
         self.inputs = tuple(readable(x) for x in inputs)
-        q = self.inputs[0]
+        q, k = self.inputs[:2]
+        offset = max(-q.shape[1], min(offset, k.shape[1]))  # beyond, it hides or shows everything
         geometry = tuple((x.shape, x.stride()) for x in self.inputs)
         self._plan = _plan(geometry, q.dtype, q.device, causal, offset, tile, _precision(q.dtype))
         self.problem = self._plan.problem
         if self.problem.aligned and any(x.data_ptr() % 16 for x in self.inputs):
             self.problem = self.problem._replace(aligned=False)
 
+    def run(self, kernel: KernelName, *outputs: torch.Tensor) -> None:
+        """forward fills out and lse; dkv fills dk and dv, from lse and delta; dq likewise.
+
+        Raises RuntimeError if this device has too little shared memory for every launch.
+        """
+        option = _fitting.get((kernel, self.problem)) or chosen(kernel, self.problem)
+        try:
+            self.launch(kernel, option, *outputs)
+        except Exception as error:
+            if type(error).__name__ != "OutOfResources":
+                raise
+            self._run_another(kernel, option, outputs, error)
+
+    def _run_another(
+        self, kernel: KernelName, option: Candidate, outputs: tuple[torch.Tensor, ...], error: Exception
+    ) -> None:
+        """The first of the other launches whose tiles this device has room for."""
+        for other in (other for other in candidates(kernel, self.problem) if other != option):
+            try:
+                self.launch(kernel, other, *outputs)
+            except Exception as again:
+                if type(again).__name__ != "OutOfResources":
+                    raise
+                continue
+            _fitting[kernel, self.problem] = other
+            return
+        raise RuntimeError(
+            f"flash attention with head_dim {self.problem.head_dim} needs more shared memory than this GPU gives a "
+            f"block ({error}): use training.attention sdpa"
+        ) from error
+
     def launch(self, kernel: KernelName, option: Candidate, *outputs: torch.Tensor) -> None:
-        """Run a kernel: forward fills out and lse; dkv fills dk and dv, from lse and delta; dq likewise."""
+        """Run a kernel in one way."""
         step = self._plan.step(kernel, option)
         tiles: list[Any] = list(self.inputs)
         if option.descriptors:
@@ -68,7 +102,8 @@ def fill_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> No
     out, dout = readable(out), readable(dout)
     numbers = H, S, delta.numel(), *out.stride()[:3], *dout.stride()[:3]
     grid = -(-delta.numel() // DELTA_ROWS), 1, 1
-    key = "delta", D, out.dtype, out.device, numbers[3:], out.data_ptr() % 16, dout.data_ptr() % 16
+    alignment = out.data_ptr() % 16, dout.data_ptr() % 16
+    key = "delta", D, out.dtype, out.device, numbers[3:], alignment, delta.numel() >= 2**31
     compiled = _compiled.get(key)
     with on_device_of(out):
         if compiled is not None:
@@ -215,7 +250,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.cuda is None:  # AMD's devices are of type cuda too
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

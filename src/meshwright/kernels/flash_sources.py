@@ -9,9 +9,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from meshwright.config.attention import FLASH_HEAD_DIMS
 from meshwright.kernels import flash_hopper, flash_triton
 from meshwright.kernels.flash_tuning import KERNELS, Candidate, KernelName, Problem, candidates
-from meshwright.schemes.flash import HEAD_DIMS, flash_tile
+from meshwright.schemes.flash import flash_tile
 
 DTYPES = {"float32": ("fp32", 4, gl.float32), "float16": ("fp16", 2, gl.float16), "bfloat16": ("bf16", 2, gl.bfloat16)}
 """Name of a dtype in a signature, bytes of an element, and Triton's dtype."""
@@ -25,7 +26,7 @@ READ_BY_QUERIES, READ_BY_KEYS = ("q", "dout"), ("k", "v")
 def sources(capability: int) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Label, source and options for `triton.compile` of all that a device of a compute capability may run, causal."""
     for dtype, (_, itemsize, _) in DTYPES.items():
-        for head_dim in HEAD_DIMS:
+        for head_dim in FLASH_HEAD_DIMS:
             for kernel in KERNELS:
                 problems = (Problem(capability, itemsize, head_dim, aligned) for aligned in (True, False))
                 for option in dict.fromkeys(option for p in problems for option in candidates(kernel, p)):

@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     """What decides how to launch."""
 
     capability: int
-    """Compute capability, 10 times its major number and its minor one; 0 for the interpreter."""
+    """Compute capability, 10 times its major number and its minor one; 0 for the interpreter and other makers."""
     itemsize: int
     head_dim: int
     aligned: bool
@@ -63,7 +63,7 @@ _ON_HOPPER: dict[tuple[KernelName, int], tuple[Candidate, ...]] = {
     ("dq", 64): (_triton(4, 3, descriptors=True), _triton(4, 4, descriptors=True)),
     ("forward", 128): (_hopper(2), _triton(8, 3, descriptors=True)),
     ("dkv", 128): (_hopper(2), _hopper(3), _triton(8, 2, descriptors=True)),
-    ("dq", 128): (_hopper(3), _hopper(2), _triton(8, 3, descriptors=True)),
+    ("dq", 128): (_hopper(2), _hopper(3), _triton(8, 3, descriptors=True)),
 }
 """16-bit inputs that descriptors can read; the first of each was the fastest on an H200."""
 
@@ -131,15 +131,13 @@ def _key(kernel: KernelName, problem: Problem) -> str:
     return f"{kernel}, {problem.itemsize} bytes, head_dim {problem.head_dim}{', aligned' if problem.aligned else ''}"
 
 
-@functools.cache
 def _file() -> Path:
-    """Choices of this user for this device and Triton."""
+    """Choices of this user for this device, beside what Triton compiled."""
     import torch
     import triton
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     device = torch.cuda.get_device_name().lower().replace(" ", "-").replace("/", "-")
-    return cache / "meshwright" / "flash" / f"{device}-triton-{triton.__version__}.json"
+    return Path(triton.knobs.cache.dir) / "meshwright-flash" / f"{device}-triton-{triton.__version__}.json"
 
 
 def _kept(path: Path) -> dict[str, dict[str, object]]:

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-HEAD_DIMS = (16, 32, 64, 128, 256)
-"""Head dimensions that the kernels take."""
-
 
 class FlashTile(NamedTuple):
     """Queries and keys of a tile, kernel by kernel."""
