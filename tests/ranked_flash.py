@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from jobs import tiny_job
+from reference.interpreter import mend_loops
 
 from meshwright.account import StepAccount
 from meshwright.comm.ranks import Ranks
@@ -59,9 +60,11 @@ def main(every: int | None) -> None:
     cases = [case for case in all_attention_cases() if case.attention == "flash" and case.job.layout.world <= 3]
     for case in cases[::every] if every else ():
         with Ranks(case.job.layout.world, timeout_seconds=200) as pool, collecting():
+            pool.run(mend_loops)
             found = agreement.check(case, pool)
         assert found.agrees, (str(case), found.differences[:3], found.profiler_peaks, found.run_peaks)
     with Ranks(2, timeout_seconds=200) as pool:
+        pool.run(mend_loops)
         for layout in (Layout(ring=2, recompute="selective"), *([Layout(tensor=2)] if every else [])):
             job = tiny_job(MODEL, layout, attention="flash", batch=2)
             check_attention(job, planning=False)

@@ -154,6 +154,13 @@ def _prepare_once(plain: Any, prepared: set[int]) -> Any:
     return prepare
 
 
+def mend_loops() -> None:
+    """For the rest of a process that is interpreted throughout: mended in nothing else, it is Triton's own."""
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)
+
+
 def _index(plain: Any) -> Any:
     def patch(tensor: Any, scope: Any) -> None:
         plain(tensor, scope)
