@@ -35,15 +35,17 @@ def accounts() -> tuple[StepAccount, StepAccount]:
     return formula(job), rehearse_job(job)
 
 
-def measured(rehearsed: StepAccount, *, extra: int = 0, peak: int = 0) -> Measured:
-    """An allocator that holds what was rehearsed, `extra` parameter bytes, and workspaces of a MiB."""
+def measured(rehearsed: StepAccount, *, extra: int = 0, peak: int = 0, left: int = 0) -> Measured:
+    """An allocator that holds what was rehearsed, `extra` parameter bytes, and workspaces of a MiB, some of which were
+    `left` by another job."""
     sizes = {name: rehearsed.footprint.bytes[name] for name in ("parameters", "gradients", "optimiser_states")}
     sizes["parameters"] += extra
     blocks = {name: (Block(size, size, rounded(size)),) for name, size in sizes.items()} | {"batch": ()}
     requested, allocated = sum(sizes.values()), sum(rounded(size) for size in sizes.values())
     before = Level(requested + 2**20, allocated + 2**20)
     top = rehearsed.footprint.peak + peak
-    return Measured(blocks, before, Level(top + 2**20, top + 2**20), 2**29)
+    once = Level(2**20 - left, 2**20 - left)
+    return Measured(blocks, before, Level(top + 2**20, top + 2**20), 2**29, once)
 
 
 def test_what_was_there_before_is_taken_off_the_peak() -> None:
@@ -60,6 +62,13 @@ def test_other_bytes_fail() -> None:
     planned, rehearsed = accounts()
     found = rows({}, planned, rehearsed, rehearsed, measured(rehearsed, extra=4))
     assert ["failed" in row for row in found] == [True, False, False, False]
+
+
+def test_what_a_dropped_job_leaves_behind_is_no_workspace() -> None:
+    planned, rehearsed = accounts()
+    found = rows({}, planned, rehearsed, rehearsed, measured(rehearsed, left=512))[-1]
+    assert found["failed"] == "512 bytes of a job that was dropped are still alive"
+    assert found["left_bytes"] == 512
 
 
 @pytest.mark.parametrize(("percent", "fails"), [(1, False), (-1, False), (4, True), (-4, True)])

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.model.build import build
+from meshwright.model.decoder import Decoder
 from meshwright.schemes.params import param_specs
 from meshwright.schemes.replicate import Bucket, Strategy, buckets
 from meshwright.training.step import State
@@ -128,24 +129,9 @@ class _Ours:
         if self._alone:
             job, world = replace(job, layout=Layout()), World.single(torch.device("cpu"))
         self._state, self._batch = State.create(job, world), _batch(problem)
-        self._first_ready = 0.0
+        self._first_ready = _Readiness()
         if self._alone:
-            self._note_when_ready(problem.buckets(subject.bucket_mib)[0])
-
-    def _note_when_ready(self, bucket: Bucket) -> None:
-        missing: set[str] = set()
-
-        def ready(name: str) -> None:
-            missing.discard(name)
-            if not missing:
-                self._first_ready = time.perf_counter()
-                missing.update(names)
-
-        names = {spec.name for spec in bucket.members}
-        missing.update(names)
-        for name in names:
-            parameter = self._state.model.get_parameter(name)
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready(name))
+            self._first_ready.watch(problem.buckets(subject.bucket_mib)[0], self._state.model)
 
     def sample(self) -> Times:
         states = self._state.states
@@ -161,8 +147,29 @@ class _Ours:
         if not self._alone:
             states.finish()
         end = time.perf_counter()
-        first_ready = self._first_ready - began if self._alone else 0.0
+        first_ready = self._first_ready.at - began if self._alone else 0.0
         return Times(forward - began, backward - began, first_ready, end - began)
+
+
+class _Readiness:
+    """When the gradients of a bucket were last complete. Hooks of its parameters hold this, and this holds none."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+        self._names: set[str] = set()
+        self._missing: set[str] = set()
+
+    def watch(self, bucket: Bucket, model: Decoder) -> None:
+        """From now on."""
+        self._names = {spec.name for spec in bucket.members}
+        self._missing = set(self._names)
+        for name in self._names:
+            model.get_parameter(name).register_post_accumulate_grad_hook(lambda _, name=name: self._ready(name))
+
+    def _ready(self, name: str) -> None:
+        self._missing.discard(name)
+        if not self._missing:
+            self.at, self._missing = time.perf_counter(), set(self._names)
 
 
 class _Torch:

@@ -6,6 +6,7 @@ One executor for the four strategies of `layout.gradients`; which parameters sha
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -128,19 +129,25 @@ class GradientBuckets:
         self._pending = []
 
     def _hook(self, index: int, name: str) -> Callable[[torch.Tensor], None]:
-        view = self._views[name]
+        """It holds these buckets weakly: they hold the parameter, which holds it where no collector sees the cycle."""
+        view, buckets = self._views[name], weakref.ref(self)
 
         def ready(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
             if parameter.grad is not view:
                 view.copy_(parameter.grad)
                 parameter.grad = view
-            if self._armed and self._overlapped:
-                self._missing[index].discard(name)
-                while len(self._pending) < len(self.parts) and not self._missing[len(self._pending)]:
-                    self._send_next()
+            if (own := buckets()) is not None:
+                own._arrived(index, name)
 
         return ready
+
+    def _arrived(self, index: int, name: str) -> None:
+        """Autograd has added to a gradient, which is in its buffer."""
+        if self._armed and self._overlapped:
+            self._missing[index].discard(name)
+            while len(self._pending) < len(self.parts) and not self._missing[len(self._pending)]:
+                self._send_next()
 
     def _send_next(self) -> None:
         """Always in the order of the buckets: it is the same on every rank, whatever a rank finished first."""
