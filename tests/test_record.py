@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -112,3 +113,16 @@ def test_command_line(written, tmp_path, capsys):
 @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=20))
 def test_spread_is_within_the_samples(samples):
     assert 0 <= record.spread(samples) <= max(samples) - min(samples) + 1e-6
+
+
+def test_a_growing_record_is_one_file_that_says_what_was_not_reached(tmp_path: Path) -> None:
+    other = record.write("grown", "x", [record.row(job="old")], "GPU", tmp_path)
+    grown = record.Growing("grown", "x", "GPU", tmp_path)
+    for done in range(3):
+        jobs = [record.row(job=str(job), bytes=job) for job in range(done)]
+        grown.write([*jobs, *(record.not_reached(job=str(job)) for job in range(done, 2))])
+        assert record.check(tmp_path) == []
+        rows = json.loads(grown.path.read_text(encoding="utf-8"))["rows"] if grown.path else []
+        assert [row.get("failed", "") for row in rows] == [*[""] * done, *[record.NOT_REACHED] * (2 - done)]
+    assert grown.path is not None and grown.path != other
+    assert sorted(tmp_path.rglob("*.*")) == sorted([grown.path, other])

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from meshwright.bench import attention, attention_run, record
+from meshwright.bench import attention, attention_beside, attention_run, record
 from meshwright.bench.attention_clock import CpuMeter, Kernel, Measured
 from meshwright.bench.attention_cost import Cell
 from meshwright.bench.attention_rows import cell_rows, matmul_row
 from meshwright.bench.attention_run import Budget, CellResult, Found
+from meshwright.bench.attention_subjects import not_available
 from meshwright.cli import main
 from meshwright.cli.show_attention import short_name, show_attention
 from meshwright.config.hardware import load_device
@@ -73,7 +77,7 @@ def test_for_people(capsys: Capture) -> None:
 
 def test_the_command_measures_the_same_again(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = []
-    monkeypatch.setattr(attention, "measure", lambda setting, tell: settings.append(setting) or [])
+    monkeypatch.setattr(attention, "measure", lambda setting, *_: settings.append(setting) or [])
     _, out, _ = run(capsys, *TINY, "--json", "--implementations", "flash")
     (found,) = json.loads(out)["records"]
     words = found["command"].removeprefix("meshwright bench attention ").split()
@@ -101,6 +105,99 @@ def test_what_cannot_fit_is_not_tried(capsys: Capture) -> None:
     assert row["status"] == "out of memory (predicted)"
     assert row["predicted_peak_bytes"] > 3 * 2**42 and row["free_bytes"] > 0
     assert re.search(r"^needs 13\.\d TiB \(\d+ bytes\), inputs included, and .* are free: not tried$", row["skipped"])
+
+
+def test_a_product_that_does_not_fit_after_all_is_a_row(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n")
+
+    monkeypatch.setattr(attention_beside, "_matmul_seconds", no_memory)
+    code, out, err = run(capsys, *TINY, "--implementations", "sdpa-cpu")
+    assert (code, err) == (0, "")
+    assert "matmul float32 512³: out of memory: OutOfMemoryError: CUDA out of memory. Tried to allocate" in out
+    assert "sdpa-cpu" in out
+
+
+def _without_triton(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune_flash(*_: Any, **__: Any) -> Any:
+        raise error
+
+    module: Any = ModuleType("flash_attention")
+    module.tune_flash = tune_flash
+    monkeypatch.setitem(sys.modules, "meshwright.kernels.flash_attention", module)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError("no memory"), {"status": "out of memory", "skipped": "OutOfMemoryError: no memory"}),
+        (RuntimeError("no launch runs"), {"status": "failed", "failed": "RuntimeError: no launch runs"}),
+        (
+            PermissionError(13, "Permission denied", "/cache"),
+            {"status": "failed", "failed": "PermissionError: [Errno 13] Permission denied: '/cache'"},
+        ),
+    ],
+    ids=str,
+)
+def test_launches_that_cannot_be_chosen_are_a_row_and_a_line(
+    error: Exception, why: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_triton(error, monkeypatch)
+    cells, told = [Cell(dtype="float32", head_dim=16, seq=32), Cell(dtype="float32", head_dim=32, seq=32)], []
+    rows = list(attention_beside.launch_rows(cells, torch.device("cpu"), told.append))
+    assert [row["head_dim"] for row in rows] == [16, 32]
+    assert all(row["kind"] == "launch" and why.items() <= row.items() for row in rows)
+    assert told[0].startswith(f"float32 d 16 seq 32: launches were not chosen: {why['status']}: ")
+
+
+def test_widths_that_a_kernel_does_not_take_are_not_available() -> None:
+    def reason(name: str, kind: str, head_dim: int) -> str:
+        return not_available(name, kind, Cell(dtype="bf16", head_dim=head_dim, seq=64))
+
+    assert reason("flash", "cuda", 96) == "takes head_dim 16, 32, 64, 128 or 256, not 96"
+    assert reason("flash", "cpu", 96).startswith("needs a GPU")
+    assert reason("flex", "cuda", 8) == "takes head_dim 16 or more, not 8"
+    assert not reason("flash", "cuda", 128) and not reason("flex", "cuda", 16) and not reason("flex", "cpu", 8)
+    setting = attention.Setting(head_dims=(64, 96), seqs=(1024, 16384))
+    assert [(cell.head_dim, cell.seq) for cell in attention._tuned_cells(setting)] == [(64, 1024)]
+
+
+def test_a_run_that_is_cut_off_leaves_a_sound_record(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Cells that it did not reach are rows that say so; another run has a record of its own."""
+    measured_cell, cut = attention.run_cell, []
+
+    def cut_off(cell: Cell, *rest: Any) -> CellResult:
+        if cell.seq == 64 and cut:
+            raise KeyboardInterrupt
+        return measured_cell(cell, *rest)
+
+    monkeypatch.setattr(attention, "run_cell", cut_off)
+    options = [*TINY, "--implementations", "sdpa-cpu", "--json", "--out", str(tmp_path)]
+    for cut[:] in ([], [True]):
+        with suppress(KeyboardInterrupt):
+            main(["bench", "attention", *options])
+    capsys.readouterr()
+    assert record.check(tmp_path) == []
+    first, second = sorted(tmp_path.glob("attention/*"), key=lambda path: path.stat().st_mtime)
+    rows = json.loads(second.read_text(encoding="utf-8"))["rows"]
+    assert row_of(rows, kind="time", seq=32, measure="both")["status"] == "measured"
+    assert row_of(rows, kind="time", seq=64)["failed"] == record.NOT_REACHED
+    assert not any("failed" in row for row in json.loads(first.read_text(encoding="utf-8"))["rows"])
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/nope", "nope/records", ""])
+def test_a_folder_that_takes_no_record_is_refused_before_anything_is_measured(
+    folder: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nope").write_text("a file", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured"))
+    code, out, err = run(capsys, *TINY, "--out", folder)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    refused = f"--out {folder} cannot be written (" if folder else '--out = "" names no folder: give it one'
+    assert err.startswith(refused)
 
 
 class _Broken(CpuMeter):
@@ -203,12 +300,28 @@ def test_short_names() -> None:
         ("--batch 0 --repeats 0", [f"--{name} = 0 is not a whole number above 0" for name in ("batch", "repeats")]),
         ("--seconds 0", ["--seconds = 0 is not a number above 0"]),
         (
+            "--kv-heads -1 --matmul-size -1",
+            [f"--{name} = -1 is not a whole number above 0" for name in ("kv-heads", "matmul-size")],
+        ),
+        (
+            "--dtypes float32 --matmul-size 200000",
+            ["--matmul-size = 200000 needs 480000000000 bytes for 3 matrices, and 12 MiB are free: use at most 1024"],
+        ),
+        (
+            "--dtypes bf16 --matmul-size 99999999999999999999",
+            [
+                "--matmul-size = 99999999999999999999 needs 59999999999999999998800000000000000000006 bytes for "
+                "3 matrices, and 12 MiB are free: use at most 1448"
+            ],
+        ),
+        (
             "--heads 6 --kv-heads 4",
             ["--kv-heads = 4 does not divide --heads = 6 (each KV head serves as many query heads): use 1, 2, 3 or 6"],
         ),
     ],
     ids=str,
 )
-def test_mistakes_are_lines(options: str, lines: list[str], capsys: Capture) -> None:
+def test_mistakes_are_lines(options: str, lines: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "free_bytes", lambda kind: 3 * 4 * 1024**2)
     code, out, err = run(capsys, "--device", "cpu", *options.split())
     assert (code, out, err.splitlines()) == (2, "", lines)

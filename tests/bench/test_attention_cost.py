@@ -83,14 +83,17 @@ def test_fused_memory_is_as_predicted(dtype: str) -> None:
 
 @pytest.fixture
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels' contract in torch: what it makes and keeps, which needs no GPU."""
+    """Our kernels' contract in torch: what they make and keep, which needs no GPU."""
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         B, S, H, _D = q.shape
         return torch.zeros_like(q, requires_grad=False), torch.zeros(B, H, S)
 
     def backward(dout: torch.Tensor, *saved: torch.Tensor, **_: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.zeros_like(x) for x in saved[:3])
+        delta = torch.zeros_like(saved[4])
+        gradients = tuple(torch.zeros_like(x) for x in saved[:3])
+        del delta
+        return gradients
 
     module: Any = ModuleType("flash_attention")
     module.flash_forward, module.flash_backward = forward, backward
@@ -104,6 +107,27 @@ def test_flash_keeps_one_number_a_row(name: str, shape: dict[str, int], flash_on
     predicted = memory(name, cell)
     assert predicted.held == {"lse": 4 * cell.batch * cell.heads * cell.seq}
     assert measured(name, cell).held_bytes == predicted.held_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_peak_of_flash_is_as_predicted(shape: dict[str, int], dtype: str, flash_on_cpu: None) -> None:
+    """Backward makes delta, dq, dk and dv, and no head of keys or values twice."""
+    cell = Cell(dtype=dtype, head_dim=16, seq=64, **shape)
+    predicted = memory("flash", cell)
+    assert predicted.peak_certainty == "exact"
+    assert predicted.peak == 2 * cell.q_bytes + 2 * cell.kv_bytes + 2 * cell.row_bytes
+    assert measured("flash", cell).peak_bytes == predicted.peak
+
+
+def test_which_kernels_share_heads_is_known_in_one_place() -> None:
+    """torch's flash kernel shares them, and yet its backward makes dk and dv for every query head."""
+    grouped, one = (Cell(dtype="bf16", head_dim=64, seq=256, heads=8, kv_heads=kv_heads) for kv_heads in (2, 8))
+    kept = 2 * (one.kv_bytes - grouped.kv_bytes)
+    for name, expanded in (("flash", 0), ("flex", 0), ("sdpa-flash", 2), ("sdpa-cpu", 2), ("sdpa-efficient", 2)):
+        assert memory(name, one).peak - memory(name, grouped).peak == kept - expanded * grouped.q_bytes, name
+    assert memory("sdpa-flash", grouped).held_certainty == "exact"
+    assert memory("sdpa-cpu", grouped).held_certainty == "estimate"
 
 
 @pytest.mark.parametrize("causal", [True, False])

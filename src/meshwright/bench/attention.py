@@ -6,31 +6,31 @@
 
 A cell is a dtype, a width of a head and a length. `bench.attention_run` says how one is measured,
 `bench.attention_cost` what it must compute and keep, `bench.attention_subjects` what there is,
-`bench.attention_rows` what is recorded.
+`bench.attention_rows` what is recorded, `bench.attention_beside` what is measured beside the cells.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from meshwright.bench.attention_clock import CpuMeter, CudaMeter, Meter
+from meshwright.bench.attention_beside import MATMUL_MATRICES, launch_rows, matmul_rows
+from meshwright.bench.attention_clock import CpuMeter, CudaMeter, Meter, free_bytes
 from meshwright.bench.attention_cost import ITEM_BYTES, Cell
-from meshwright.bench.attention_rows import cell_rows, matmul_row
-from meshwright.bench.attention_run import Budget, CellResult, matmul_seconds, run_cell, skipped_cell
-from meshwright.bench.attention_subjects import IMPLEMENTATIONS
-from meshwright.bench.record import row
-from meshwright.config.attention import FLASH_HEAD_DIMS
+from meshwright.bench.attention_rows import cell_rows
+from meshwright.bench.attention_run import Budget, CellResult, Lost, attempted, run_cell, skipped_cell
+from meshwright.bench.attention_subjects import IMPLEMENTATIONS, not_available
+from meshwright.bench.record import NOT_REACHED
 from meshwright.config.legality import divisors, listed
-from meshwright.config.tree import Device
 from meshwright.config.values import nearest
 from meshwright.errors import UserError
-from meshwright.model.build import DTYPES
 from meshwright.training.device import known_device
+from meshwright.units import format_bytes
 
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_SAMPLES = 5
@@ -137,19 +137,27 @@ def quick(kind: str, *, keep_grid: bool = False) -> dict[str, Any]:
     return QUICK | own | {"compile": kind != "cpu"}
 
 
-def measure(setting: Setting, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Rows of the whole grid. Raises UserError, before anything is measured, for a bad setting."""
+Rows = list[dict[str, Any]]
+
+
+def measure(
+    setting: Setting, tell: Callable[[str], None], keep: Callable[[Rows], None] = lambda rows: None
+) -> list[dict[str, Any]]:
+    """Rows of the whole grid. Raises UserError, before anything is measured, for a bad setting.
+
+    `keep` is given what there is after each cell, and says for the rest that it was not reached.
+    """
     check(setting)
     kind = device_kind(setting)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _measure(setting, kind, tell)
+        return _measure(setting, kind, tell, keep)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(setting: Setting, kind: str, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def _measure(setting: Setting, kind: str, tell: Callable[[str], None], keep: Callable[[Rows], None]) -> Rows:
     device, meter = torch.device(kind), _meter(kind)
     known = known_device() if kind == "cuda" else None
     began = time.perf_counter()
@@ -160,13 +168,19 @@ def _measure(setting: Setting, kind: str, tell: Callable[[str], None]) -> list[d
         most=setting.repeats,
         compiles=setting.compile,
     )
-    rows = [*_matmul_rows(setting, meter, device, known)]
+    rows = [*matmul_rows(setting.dtypes, _matmul_size(setting, kind), meter, device, known)]
     if setting.tune:
-        rows += _launch_rows(setting, device, tell)
-    rates = {row["dtype"]: row["flops_per_second"] for row in rows if row["kind"] == "matmul"}
+        rows += launch_rows(_tuned_cells(setting), device, tell)
+    rates = {row["dtype"]: row["flops_per_second"] for row in rows if "flops_per_second" in row}
     compile_seconds: dict[str, float] = {}
     last: CellResult | None = None
-    for cell in setting.cells:
+    left = [
+        (cell, cell_rows(skipped_cell(cell, setting.implementations, "failed", NOT_REACHED), None, {}))
+        for cell in setting.cells
+    ]
+    keep([*rows, *(row for _, own in left for row in own)])
+    while left:
+        cell, _ = left.pop(0)
         if (expected := _expected_seconds(cell, last)) > budget.left:
             reason = f"about {max(expected, 0):.0f} s needed, {max(budget.left, 0):.0f} s left: give more --max-seconds"
             result = skipped_cell(cell, setting.implementations, "no time", reason)
@@ -174,6 +188,7 @@ def _measure(setting: Setting, kind: str, tell: Callable[[str], None]) -> list[d
             result = _guarded_cell(cell, setting, meter, device, budget, compile_seconds)
             last = result
         rows += cell_rows(result, known, rates)
+        keep([*rows, *(row for _, own in left for row in own)])
         tell(f"{time.perf_counter() - began:6.1f} s  {cell.dtype} d {cell.head_dim} seq {cell.seq}: {_summary(result)}")
     return rows
 
@@ -188,42 +203,18 @@ def device_name(setting: Setting) -> str:
     return torch.cuda.get_device_name() if device_kind(setting) == "cuda" else ""
 
 
+def _matmul_size(setting: Setting, kind: str) -> int:
+    return setting.matmul_size or (8192 if kind == "cuda" else 1024)
+
+
 def _meter(kind: str) -> Meter:
     return CudaMeter() if kind == "cuda" else CpuMeter()
 
 
-def _matmul_rows(
-    setting: Setting, meter: Meter, device: torch.device, known: Device | None
-) -> Iterator[dict[str, Any]]:
-    size = setting.matmul_size or (8192 if meter.kind == "cuda" else 1024)
-    for dtype in dict.fromkeys(setting.dtypes):
-        row = matmul_row(dtype, size, matmul_seconds(meter, dtype, size, device), known)
-        yield row | {"float32_precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
-
-
-def _launch_rows(setting: Setting, device: torch.device, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Every launch of our kernels that may be chosen here, at one length of the grid."""
-    from meshwright.kernels.flash_attention import tune_flash
-
+def _tuned_cells(setting: Setting) -> list[Cell]:
+    """For each dtype and width that our kernels take, one length of the grid."""
     seq = max((seq for seq in setting.seqs if seq <= TUNED_SEQ), default=min(setting.seqs))
-    for cell in (cell for cell in setting.cells if cell.seq == seq and cell.head_dim in FLASH_HEAD_DIMS):
-        shapes = [(cell.batch, seq, heads, cell.head_dim) for heads in (cell.heads, cell.kv_heads, cell.kv_heads)]
-        q, k, v = (torch.randn(shape, device=device, dtype=DTYPES[cell.dtype]) for shape in shapes)
-        for kernel, times in tune_flash(q, k, v, causal=cell.causal).items():
-            kept = min(times, key=times.__getitem__)
-            tell(f"{cell.dtype} d {cell.head_dim} seq {seq} {kernel}: {times[kept]:.3f} ms by {kept}")
-            for launch, milliseconds in times.items():
-                yield row(
-                    kind="launch",
-                    kernel=kernel,
-                    dtype=cell.dtype,
-                    head_dim=cell.head_dim,
-                    seq=seq,
-                    **asdict(launch),
-                    kept=launch == kept,
-                    samples=[milliseconds / 1000],
-                    unit="s",
-                )
+    return [cell for cell in setting.cells if cell.seq == seq and not not_available("flash", "cuda", cell)]
 
 
 def _expected_seconds(cell: Cell, last: CellResult | None) -> float:
@@ -242,11 +233,8 @@ def _guarded_cell(
     compile_seconds: dict[str, float],
 ) -> CellResult:
     """A cell whose rows say so where even what surrounds its implementations breaks."""
-    try:
-        return run_cell(cell, setting.implementations, meter, device, budget, compile_seconds)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        return skipped_cell(cell, setting.implementations, "failed", reason)
+    result = attempted(lambda: run_cell(cell, setting.implementations, meter, device, budget, compile_seconds))
+    return skipped_cell(cell, setting.implementations, *result) if isinstance(result, Lost) else result
 
 
 def _summary(result: CellResult) -> str:
@@ -287,22 +275,34 @@ def _mistakes(setting: Setting) -> Iterator[str]:
         values = getattr(setting, name)
         if repeated := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
             yield f"--{name.replace('_', '-')} has {repeated[0]} more than once: give it once"
-    for name in ("batch", "heads", "repeats"):
-        if getattr(setting, name) < 1:
-            yield f"--{name} = {getattr(setting, name)} is not a whole number above 0"
+    for name, least in (("batch", 1), ("heads", 1), ("kv_heads", 0), ("repeats", 1), ("matmul_size", 0)):
+        if getattr(setting, name) < least:
+            yield f"--{name.replace('_', '-')} = {getattr(setting, name)} is not a whole number above 0"
     for name in ("seconds", "max_seconds"):
         if getattr(setting, name) <= 0:
             yield f"--{name.replace('_', '-')} = {getattr(setting, name):g} is not a number above 0"
-    if setting.kv_heads < 0 or (setting.heads > 0 and setting.heads % (setting.kv_heads or setting.heads)):
+    if setting.kv_heads > 0 and setting.heads > 0 and setting.heads % setting.kv_heads:
         yield (
             f"--kv-heads = {setting.kv_heads} does not divide --heads = {setting.heads} (each KV head serves as many "
             f"query heads): use {listed(divisors(max(setting.heads, 1))[-4:])}"
         )
-    if setting.matmul_size < 0:
-        yield f"--matmul-size = {setting.matmul_size} is not a whole number above 0"
     if setting.device not in DEVICES:
         yield f'--device = "{setting.device}" is not one of {", ".join(DEVICES)}'
     elif setting.device == "cuda" and not torch.cuda.is_available():
         yield "--device = cuda, but torch finds no GPU here: use --device cpu"
-    elif setting.tune and device_kind(setting) == "cpu":
-        yield "--tune = true times launches on a GPU, and torch finds none here: use --tune false"
+    else:
+        if setting.tune and device_kind(setting) == "cpu":
+            yield "--tune = true times launches on a GPU, and torch finds none here: use --tune false"
+        yield from _matmul_mistakes(setting)
+
+
+def _matmul_mistakes(setting: Setting) -> Iterator[str]:
+    """What was not asked for and does not fit is no mistake: its row says so."""
+    item_bytes = max((ITEM_BYTES[dtype] for dtype in setting.dtypes if dtype in ITEM_BYTES), default=0)
+    needed, free = MATMUL_MATRICES * setting.matmul_size**2 * item_bytes, free_bytes(device_kind(setting))
+    if setting.matmul_size > 0 and needed > free:
+        most = math.isqrt(free // (MATMUL_MATRICES * item_bytes))
+        yield (
+            f"--matmul-size = {setting.matmul_size} needs {needed} bytes for {MATMUL_MATRICES} matrices, and "
+            f"{format_bytes(free)} are free: use at most {most}"
+        )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -38,6 +39,14 @@ class Measured(NamedTuple):
     counted_by: str
 
 
+def free_bytes(kind: str) -> int:
+    """What can still be allocated: on a GPU what the driver has, and what torch's allocator has cached."""
+    if kind == "cpu":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 class Meter(Protocol):
     """A device, as it is measured."""
 
@@ -45,10 +54,6 @@ class Meter(Protocol):
 
     def seconds(self, work: Callable[[], T]) -> tuple[T, float]:
         """The result of some work, and its seconds."""
-        ...
-
-    def free_bytes(self) -> int:
-        """What can still be allocated."""
         ...
 
     def memory(self, subject: Subject) -> Measured | str:
@@ -85,11 +90,6 @@ class CudaMeter:
         ended.record()
         ended.synchronize()
         return result, began.elapsed_time(ended) / 1e3
-
-    def free_bytes(self) -> int:
-        """What the driver has, and what torch's allocator has cached."""
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
     def memory(self, subject: Subject) -> Measured | str:
         """By the allocator's statistics of what was requested."""
@@ -134,10 +134,6 @@ class CpuMeter:
         began = time.perf_counter()
         result = work()
         return result, time.perf_counter() - began
-
-    def free_bytes(self) -> int:
-        """Of this machine."""
-        return available_memory()
 
     def memory(self, subject: Subject) -> Measured | str:
         """By the recorder, which does not see into compiled code."""
@@ -184,8 +180,7 @@ class Kernel(NamedTuple):
 def kernels(subject: Subject, kind: str) -> dict[str, Kernel]:
     """For forward and backward: the kernel with most time, by torch's profiler; on a CPU the operator."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kind == "cuda" else [])]
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell stderr of each start and stop
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_profiler():
         warnings.simplefilter("ignore")
         with profile(activities=activities, acc_events=True) as profiled:
             out = _marked("forward", kind, subject.forward)
@@ -200,6 +195,18 @@ def kernels(subject: Subject, kind: str) -> dict[str, Kernel]:
 
 
 _MARK = "bench attention: "
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """It would tell stderr of each start and stop, and is told otherwise by a variable of the environment alone."""
+    name, level = "KINETO_LOG_LEVEL", os.environ.get("KINETO_LOG_LEVEL")
+    os.environ.setdefault(name, "99")
+    try:
+        yield
+    finally:
+        if level is None:
+            del os.environ[name]
 
 
 def _marked(measure: str, kind: str, work: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from meshwright.config.tree import Device
-from meshwright.schemes.attention import EFFICIENT_ROWS
+from meshwright.schemes.attention import RANDOM_BYTES, Kernel, expands_heads, lse_rows
 from meshwright.schemes.tape import BOOL, FLOAT32
 
 Measure = Literal["forward", "backward", "both"]
@@ -179,32 +179,38 @@ def _math(cell: Cell) -> Memory:
 
 # --- fused ------------------------------------------------------------------------------------------------------------
 
-_RANDOM_STATE = {"sdpa-flash": 24, "sdpa-efficient": 16, "sdpa-cudnn": 16}
-"""Bytes of the seed and offset of dropout, which torch's kernels keep without dropout, too."""
+_KERNELS: dict[str, Kernel] = {
+    "sdpa-cpu": "sdpa_cpu",
+    "sdpa-flash": "sdpa_flash",
+    "sdpa-efficient": "sdpa_efficient",
+    "flash": "flash",
+    "flex": "flex",
+}
+"""As `schemes.attention` knows them; it does not know cuDNN's."""
+_CUDNN_RANDOM_BYTES = 16
 _ACCUMULATES = ("sdpa-flash", "sdpa-cudnn")
-"""These sum dq in float32 before they round it."""
+"""These sum dq in float32 before they round it, and make dk and dv for every query head before they sum them."""
 
 
 def _fused(implementation: str, cell: Cell) -> Memory:
     """Keeps one float32 a row beside q, k, v and out; backward adds another, and the gradients."""
-    lse = cell.row_bytes
-    if implementation == "sdpa-efficient":
-        lse = cell.row_bytes // cell.seq * _up(cell.seq, EFFICIENT_ROWS)
-    held = {"lse": lse}
-    if implementation in _RANDOM_STATE:
-        held["random state"] = _RANDOM_STATE[implementation]
+    kernel, grouped = _KERNELS.get(implementation), cell.heads != cell.kv_heads
+    rows = lse_rows(kernel, cell.seq) if kernel else cell.seq
+    random = RANDOM_BYTES.get(kernel, 0) if kernel else _CUDNN_RANDOM_BYTES
+    held = {"lse": cell.row_bytes // cell.seq * rows} | ({"random state": random} if random else {})
     gradients = cell.q_bytes + 2 * cell.kv_bytes
     delta = 0 if implementation == "sdpa-cpu" else cell.row_bytes
     sums = cell.batch * cell.heads * _up(cell.seq, WORKSPACE_ROWS) * cell.head_dim * FLOAT32
-    workspace = delta + (sums if implementation in _ACCUMULATES else 0)
-    expands = cell.heads != cell.kv_heads and implementation != "flex"
-    expanded = 2 * cell.q_bytes if expands else 0
-    exact = implementation == "sdpa-cpu" and not expands
+    accumulates = implementation in _ACCUMULATES
+    workspace = delta + (sums if accumulates else 0)
+    expands = kernel is not None and expands_heads(kernel, cell.heads, cell.kv_heads)
+    expanded = 2 * cell.q_bytes if expands or (grouped and accumulates) else 0
+    exact = implementation == "flash" or (implementation == "sdpa-cpu" and not grouped)
     return Memory(
         held,
         cell.q_bytes + sum(held.values()) + gradients + workspace + expanded,
         "exact" if exact else "estimate",
-        "estimate" if implementation in ("sdpa-cudnn", "flex") or (expands and "sdpa" in implementation) else "exact",
+        "estimate" if implementation in ("sdpa-cudnn", "flex") or expands else "exact",
         saved=("q", "k", "v", "out"),
     )
 

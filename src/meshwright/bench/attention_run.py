@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from meshwright.bench.attention_clock import Kernel, Measured, Meter, kernels
+from meshwright.bench.attention_clock import Kernel, Measured, Meter, free_bytes, kernels
 from meshwright.bench.attention_cost import MEASURES, Cell, Measure, memory
 from meshwright.bench.attention_subjects import (
     COMPILED,
@@ -30,13 +30,11 @@ from meshwright.bench.attention_subjects import (
     not_available,
     not_measured,
 )
-from meshwright.model.build import DTYPES
 from meshwright.units import format_bytes
 
 Status = Literal[
     "measured", "not available", "out of memory (predicted)", "out of memory", "no time", "not compiled", "failed"
 ]
-MATMUL_SAMPLES = 10
 _LONGEST_REASON = 300
 
 T = TypeVar("T")
@@ -105,7 +103,7 @@ def run_cell(
 ) -> CellResult:
     """Everything of one cell. `compile_seconds`, by implementation, is what compiling took last; it is kept up here."""
     meter.tidy()
-    free = meter.free_bytes()
+    free = free_bytes(meter.kind)
     result = CellResult(cell, [Found(name) for name in names], free)
     wanted = [found for found in result.found if _admit(found, cell, meter, budget, free, compile_seconds)]
     ready: list[tuple[Found, Subject]] = []
@@ -129,14 +127,6 @@ def skipped_cell(cell: Cell, names: Sequence[str], status: Status, reason: str) 
     return CellResult(cell, [Found(name, status, reason) for name in names], 0)
 
 
-def matmul_seconds(meter: Meter, dtype: str, size: int, device: torch.device) -> list[float]:
-    """Of a product of square matrices of random numbers."""
-    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
-    out = torch.empty_like(a)
-    seconds = [meter.seconds(lambda: torch.mm(a, b, out=out))[1] for _ in range(3 + MATMUL_SAMPLES)]
-    return seconds[3:]
-
-
 # --- before it runs ---------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +138,7 @@ def _admit(
     needed = cell.input_bytes
     predicted = memory(found.name, cell)
     needed += predicted.extra_input_bytes + predicted.peak
-    if reason := not_available(found.name, meter.kind):
+    if reason := not_available(found.name, meter.kind, cell):
         found.lost("not available", reason)
     elif needed > free:
         about = {"exact": "", "at least": "at least ", "at most": "at most ", "estimate": "about "}
@@ -248,33 +238,48 @@ def _apart(subject: Subject, meter: Meter) -> tuple[float, float]:
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
 
-def _guarded(founds: Sequence[Found], work: Callable[[], T]) -> T | None:
-    """The result; None where it raised, which all of `founds` are told."""
+class Lost(NamedTuple):
+    """Why there is no result."""
+
     status: Status
+    reason: str
+
+    def row(self) -> dict[str, Any]:
+        """As a record has it: what broke has failed, what could not be had was skipped."""
+        return {"status": self.status, "failed" if self.status == "failed" else "skipped": self.reason}
+
+
+def attempted(work: Callable[[], T]) -> T | Lost:
+    """The result, or why there is none."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             return work()
-        except torch.OutOfMemoryError as error:
-            status, reason = "out of memory", _line(error)
         except Exception as error:
-            status, reason = _why(error, [str(warning.message) for warning in warned])
-    for found in founds:
-        found.lost(status, reason)
+            lost = _why(error, [str(warning.message) for warning in warned])
     gc.collect()
+    return lost
+
+
+def _guarded(founds: Sequence[Found], work: Callable[[], T]) -> T | None:
+    """The result; None where it raised, which all of `founds` are told."""
+    result = attempted(work)
+    if not isinstance(result, Lost):
+        return result
+    for found in founds:
+        found.lost(*result)
     return None
 
 
-def _why(error: Exception, warned: Sequence[str]) -> tuple[Status, str]:
+def _why(error: Exception, warned: Sequence[str]) -> Lost:
     """Where torch refuses a kernel, its reasons are warnings."""
     text = str(error)
     if "No available kernel" in text:
         reasons = [" ".join(line.split()).partition(" (Triggered internally")[0] for line in warned]
         reasons = [reason for reason in reasons if not _EMPTY_REASON.search(reason)]
-        return "not available", f"torch: {' '.join(dict.fromkeys(reasons)) or text}"[:_LONGEST_REASON]
-    if "can't allocate memory" in text:
-        return "out of memory", _line(error)
-    return "failed", _line(error)
+        return Lost("not available", f"torch: {' '.join(dict.fromkeys(reasons)) or text}"[:_LONGEST_REASON])
+    no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+    return Lost("out of memory" if no_memory else "failed", _line(error))
 
 
 _EMPTY_REASON = re.compile("runtime disabled|not used because:?$")

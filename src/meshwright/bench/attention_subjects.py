@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from meshwright.bench.attention_cost import MEASURES, Cell, Measure
+from meshwright.config.attention import FLASH_HEAD_DIMS, FLEX_LEAST_HEAD_DIM
+from meshwright.config.legality import listed
 from meshwright.model.build import DTYPES
 
 Implementation = Literal[
@@ -74,14 +76,18 @@ class Inputs(NamedTuple):
         return cls(drawn(cell.heads), drawn(cell.kv_heads), drawn(cell.kv_heads))
 
 
-def not_available(name: str, device_kind: str) -> str:
-    """Why an implementation cannot run on a device at all; empty if it can."""
+def not_available(name: str, device_kind: str, cell: Cell) -> str:
+    """Why an implementation cannot run on a device, or cannot run this cell there; empty if it can."""
     if device_kind == "cpu" and name in OURS:
         return "needs a GPU (on a CPU only Triton's interpreter runs it, which is not timed)"
     if device_kind == "cpu" and name in ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
         return "needs a GPU: on a CPU use sdpa-cpu"
     if device_kind != "cpu" and name == "sdpa-cpu":
         return "needs a CPU: on a GPU use sdpa-flash, sdpa-efficient or sdpa-cudnn"
+    if name in OURS and cell.head_dim not in FLASH_HEAD_DIMS:
+        return f"takes head_dim {listed(FLASH_HEAD_DIMS)}, not {cell.head_dim}"
+    if device_kind != "cpu" and name == "flex" and cell.head_dim < FLEX_LEAST_HEAD_DIM:
+        return f"takes head_dim {FLEX_LEAST_HEAD_DIM} or more, not {cell.head_dim}"
     return ""
 
 

@@ -8,7 +8,8 @@
                "limit": ..., "limit_kind": "most|least", "percent_of_limit": ...,   if a limit is known
                "failed": "why"}, ...]}                             if it did not work: a row stays in the grid
 
-A record holds every sample, and is never overwritten. `python -m meshwright.bench.record check` validates them all.
+A record holds every sample, and is overwritten by nothing but the run that it is of.
+`python -m meshwright.bench.record check` validates them all.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import re
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 FOLDER = Path("benchmarks")
+NOT_REACHED = "not reached: the run was cut off"
 LimitKind = Literal["most", "least"]
 
 _RECORD = {"name": str, "date": str, "environment": dict, "command": str, "rows": list}
@@ -84,16 +87,54 @@ def of(name: str, command: str, rows: Sequence[dict[str, Any]], device: str = ""
 def write(name: str, command: str, rows: Sequence[dict[str, Any]], device: str = "", folder: Path = FOLDER) -> Path:
     """Write a record of today and return its path; arguments as of `of`."""
     record = of(name, command, rows, device)
+    return _save(record, _new_path(record, folder))
+
+
+@dataclass
+class Growing:
+    """A record that is written anew whenever a part of its run is done, so that a run that is cut off leaves it."""
+
+    name: str
+    command: str
+    device: str
+    """As of `of`."""
+    folder: Path = FOLDER
+    path: Path | None = None
+    """Where it was written."""
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """All rows, those of parts that are not done yet among them: `not_reached`."""
+        record = of(self.name, self.command, rows, self.device)
+        if self.path is None:
+            self.path = _new_path(record, self.folder)
+        elif stem := _STEM.fullmatch(self.path.stem):
+            record["date"] = stem["date"]
+        _save(record, self.path)
+
+
+def not_reached(**settings: Any) -> dict[str, Any]:
+    """The row of a part that is not done yet: it stays in a record whose run was cut off."""
+    return row(**settings, failed=NOT_REACHED)
+
+
+def _new_path(record: dict[str, Any], folder: Path) -> Path:
     stem = f"{_slug(record['environment']['device'])}-{record['date']}"
-    path = folder / name / f"{stem}.json"
+    path = folder / record["name"] / f"{stem}.json"
     repeat = 1
     while path.exists():
         repeat += 1
-        path = folder / name / f"{stem}-{repeat}.json"
+        path = folder / record["name"] / f"{stem}-{repeat}.json"
+    return path
+
+
+def _save(record: dict[str, Any], path: Path) -> Path:
+    """All of it or nothing, whenever the process is killed."""
     if found := list(problems(record, path)):
         raise ValueError("\n".join(found))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
     return path
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json as encoding
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from meshwright.cli.writable import tried_folder, writable
 from meshwright.errors import UserError
 
 if TYPE_CHECKING:
-    from meshwright.bench import attention
+    from meshwright.bench import attention, record
 
 _LISTS: dict[str, Callable[[str], Any]] = {"head_dims": int, "seqs": int, "dtypes": str, "implementations": str}
 
@@ -56,7 +57,7 @@ class Attention:
     tune: bool | None = None
     """Whether to time every launch of our kernels first, and keep the fastest for later runs: false."""
     out: str | None = None
-    """Also write the record into this folder, as attention/DEVICE-DATE.json."""
+    """Also write the record into this folder, as attention/DEVICE-DATE.json, anew after each cell."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -65,9 +66,14 @@ class Attention:
         setting = self.setting()
         from meshwright.bench import attention, record
 
-        rows = attention.measure(setting, _silent if self.json else print)
+        attention.check(setting)
         command, device = setting.command(), attention.device_name(setting)
-        path = record.write("attention", command, rows, device, Path(self.out)) if self.out else None
+        tell: Callable[[str], None] = _silent if self.json else print
+        if self.out is None:
+            kept, rows = None, attention.measure(setting, tell)
+        else:
+            kept = record.Growing("attention", command, device, tried_folder("--out", self.out))
+            rows = attention.measure(setting, tell, partial(_write, kept))
         if self.json:
             found = record.of("attention", command, rows, device)
             print(encoding.dumps({"records": [found]}, allow_nan=False))
@@ -75,8 +81,8 @@ class Attention:
             from meshwright.cli.show_attention import show_attention
 
             show_attention(rows)
-            if path:
-                print(f"written: {path}")
+            if kept:
+                print(f"written: {kept.path}")
         return 1 if any("failed" in row for row in rows) else 0
 
     def setting(self) -> attention.Setting:
@@ -93,6 +99,11 @@ class Attention:
             quick = attention.quick(attention.device_kind(setting), keep_grid=self.grid is not None)
             setting = replace(setting, **quick)
         return replace(setting, **given)
+
+
+def _write(kept: record.Growing, rows: list[dict[str, Any]]) -> None:
+    with writable("--out", kept.folder, "folder"):
+        kept.write(rows)
 
 
 def _silent(_: str) -> None:

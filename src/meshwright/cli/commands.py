@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from meshwright.cli import options
 from meshwright.cli.benches import Measurement
 from meshwright.cli.worksheets import Sheet
+from meshwright.cli.writable import writable
+from meshwright.config.attention import chosen_attention
 from meshwright.config.files import load_job
 from meshwright.config.legality import complete_world, require_decoder, require_legal
 from meshwright.config.ranges import world_mistakes
@@ -41,22 +41,23 @@ def rehearse(given: options.Rehearse) -> int:
     """The account of one rank, timed by the planner's estimate."""
     from meshwright.planner.overlap import decide
 
-    decision = decide(_planned(_of_world(_executable(_job(given), "rehearse"), given.world, given.typed)))
+    decision = decide(_of_world(_planned(_executable(_job(given), "rehearse")), given.world, given.typed))
     job = decision.chosen.job
     _check_rank(given.rank, job)
     folder = Path(given.out) if given.out is not None else None
     if folder is not None:
-        with _writable("--out", folder, "folder"):
+        with writable("--out", folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
     from meshwright.planner.estimate import estimate
     from meshwright.rehearsal.rehearse import rehearse_job
 
     account = replace(estimate(rehearse_job(job, given.rank), job), overlap=decision.to_json())
+    found = {**account.to_json(), "attention": chosen_attention(job.model, job.training).to_json()}
     if folder is not None:
-        with _writable("--out", folder, "folder"):
-            (folder / "rehearsal.json").write_text(json.dumps(account.to_json(), indent=1), encoding="utf-8")
+        with writable("--out", folder, "folder"):
+            (folder / "rehearsal.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     if given.json:
-        return _print_json(account.to_json())
+        return _print_json(found)
     from meshwright.cli.show import show_account
 
     show_account(account, job)
@@ -81,7 +82,7 @@ def layout(given: options.Layout) -> int:
 def verify(given: options.Verify) -> int:
     """1 where they do not agree."""
     job = _executable(_job(given), "verify")
-    require_legal(job)
+    require_legal(_planned(job))
     from meshwright.verify.verify import verify as run
 
     report = run(job, given.processes, shrink=given.shrink)
@@ -192,18 +193,10 @@ def _write_trace(best: Candidate, file: Path) -> None:
             "meshwright bench calibrate"
         )
     account = estimate(best.account, best.job)
-    with _writable("--trace", file, "file"):
+    with writable("--trace", file, "file"):
         file.write_text(json.dumps(chrome_trace({account.source: account.timeline})), encoding="utf-8")
 
 
 def _print_json(value: dict[str, Any]) -> int:
     print(json.dumps(value, allow_nan=False))
     return 0
-
-
-@contextmanager
-def _writable(option: str, path: Path, kind: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{option} {path} cannot be written ({error.strerror}): name a {kind} of yours") from None

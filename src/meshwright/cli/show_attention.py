@@ -17,6 +17,9 @@ Rows = Sequence[dict[str, Any]]
 def show_attention(rows: Rows) -> None:
     """Rates of matrix products, then all cells of a dtype in a table, what was skipped, ratios and accounts."""
     for row in (row for row in rows if row["kind"] == "matmul"):
+        if "flops_per_second" not in row:
+            emit(f"matmul {row['dtype']} {row['size']}³: {row['status']}: {row.get('failed') or row['skipped']}")
+            continue
         of = f", {row['percent_of_limit']:.0f} % of the datasheet's" if "limit" in row else ""
         emit(f"matmul {row['dtype']} {row['size']}³: {format_flops(row['flops_per_second'])}{of}")
     for title, own in _grids(rows):

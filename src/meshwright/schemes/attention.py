@@ -28,6 +28,15 @@ QUERY_TILE = 128
 EFFICIENT_ROWS = 32
 """The efficient kernel fills the rows of its log-sum-exp up to a multiple of this."""
 
+RANDOM_BYTES: dict[Kernel, int] = {"sdpa_flash": 24, "sdpa_efficient": 16}
+"""Of the seed and offset of dropout, which torch's kernels keep without dropout, too."""
+
+
+def lse_rows(kernel: Kernel, queries: int) -> int:
+    """Rows that a kernel's log-sum-exp has for each head."""
+    rows = EFFICIENT_ROWS if kernel == "sdpa_efficient" else 1
+    return -(-queries // rows) * rows
+
 
 def expands_heads(kernel: Kernel, heads: int, kv_heads: int) -> bool:
     """Whether a kernel needs keys and values repeated for each query head."""
@@ -86,13 +95,12 @@ class AttentionKernel:
     @property
     def lse_bytes(self) -> int:
         """Bytes of the log-sum-exp; the efficient kernel fills its rows up."""
-        rows = EFFICIENT_ROWS if self.kernel == "sdpa_efficient" else 1
-        return self.row_bytes // self.queries * (-(-self.queries // rows) * rows)
+        return self.row_bytes // self.queries * lse_rows(self.kernel, self.queries)
 
     @property
     def random_bytes(self) -> int:
         """Bytes of the kernel's random state."""
-        return {"sdpa_flash": 24, "sdpa_efficient": 16}.get(self.kernel, 0)
+        return RANDOM_BYTES.get(self.kernel, 0)
 
     @property
     def flops(self) -> tuple[int, int]:
