@@ -86,6 +86,28 @@ def test_a_launcher_takes_what_it_is_told_of_its_patience() -> None:
     assert all(getattr(config, name) == seconds == 5 for name, seconds in told.items())
 
 
+def test_the_history_of_the_allocator_is_asked_for_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the two functions exist and take these arguments; what they give is checked on one."""
+    memory = torch.cuda.memory
+    signatures = {name: inspect.signature(getattr(memory, name)) for name in ("_record_memory_history", "_snapshot")}
+    asked: list[Any] = []
+
+    def record(*args: Any, **kwargs: Any) -> None:
+        signatures["_record_memory_history"].bind(*args, **kwargs)
+        asked.append((args, kwargs))
+
+    def snapshot(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        signatures["_snapshot"].bind(*args, **kwargs)
+        return {"device_traces": [["other device"], [{"action": "alloc"}]]}
+
+    monkeypatch.setattr(memory, "_record_memory_history", record)
+    monkeypatch.setattr(memory, "_snapshot", snapshot)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with torch_private.allocations() as events:
+        assert events == [] and asked == [((), {"max_entries": 500_000, "stacks": "python"})]
+    assert events == [{"action": "alloc"}] and asked[1:] == [((None,), {})]
+
+
 def test_flop_registry_knows_matmul() -> None:
     assert torch_private.flop_registry[torch.ops.aten.mm]((2, 3), (3, 5)) == 2 * 2 * 3 * 5
 

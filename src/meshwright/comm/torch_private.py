@@ -26,6 +26,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "all_gather_into",
+    "allocations",
     "ending_ranks_within",
     "flex_backward",
     "flex_forward",
@@ -140,6 +141,18 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 def num_references(tensor: torch.Tensor) -> int:
     """How many hold this tensor, in Python and in C++."""
     return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+@contextmanager
+def allocations() -> Iterator[list[dict[str, Any]]]:
+    """Afterwards, all that CUDA's allocator did inside: action, address, size, and the Python frames that asked."""
+    events: list[dict[str, Any]] = []
+    torch.cuda.memory._record_memory_history(max_entries=500_000, stacks="python")
+    try:
+        yield events
+        events += torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    finally:
+        torch.cuda.memory._record_memory_history(None)
 
 
 # torch 2.13 renamed the two tensor collectives and warns about the old names.
