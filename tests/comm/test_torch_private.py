@@ -126,6 +126,31 @@ def test_a_settled_fully_sharded_model_keeps_its_parameters_through_the_first_st
             assert _storages(model) == before
 
 
+def test_a_settled_fully_sharded_model_frees_what_a_unit_sent_before_the_next_one_sends() -> None:
+    alive: list[int] = []
+    sent: list[weakref.ref[Any]] = []
+
+    class Mode(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if DTensor in types:
+                return NotImplemented
+            if "reduce_scatter" in func.__name__:
+                alive.append(sum(storage() is not None for storage in sent))
+                sent.append(weakref.ref(args[1].untyped_storage()))
+            return func(*args, **(kwargs or {}))
+
+    with fake_group(2, 0):
+        mesh = init_device_mesh("cpu", (2,))
+        with fake_tensors():
+            model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+            for unit in (*model, model):
+                fully_shard(unit, mesh=mesh)
+            torch_private.settle_fully_sharded(model)
+            with Mode():
+                model(torch.zeros(2, 6)).sum().backward()
+    assert alive == [0, 0, 0, 0]
+
+
 def test_what_dtensor_runs_to_propagate_shardings_can_be_told_apart() -> None:
     """Of a sum of tensors split in two, what is left is the sum of their local halves."""
     inside: list[bool] = [False]

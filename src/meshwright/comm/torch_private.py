@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -129,8 +129,28 @@ def sharding_propagated_within(context: Callable[[], AbstractContextManager[None
 
 
 def settle_fully_sharded(root: torch.nn.Module) -> None:
-    """Do now what `fully_shard` leaves to the first forward: under fake tensors it makes new sharded parameters."""
-    root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+    """Do now what `fully_shard` leaves to the first forward: under fake tensors it makes new sharded parameters.
+
+    And let torch 2.12 free what a unit sent before the next unit sends, as 2.11 and 2.13 do.
+    """
+    state: Any = root._get_fsdp_state()  # type: ignore[operator]
+    state._lazy_init()
+    if hasattr(state._comm_ctx, "reduce_scatter_states"):
+        state._comm_ctx.reduce_scatter_states = _EventsOfStates(state._comm_ctx.reduce_scatter_states)
+
+
+class _Event(NamedTuple):
+    event: Any
+
+
+class _EventsOfStates(list[Any]):
+    """Reductions under way: who loops over them, to wait for their events, is given the events and not the buffers.
+
+    torch 2.12 clears the list and still has the last of it, in the variable of its loop, until the next unit has sent.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return (_Event(state.event) for state in super().__iter__())
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
