@@ -67,7 +67,7 @@ def main(every: int | None) -> None:
         pool.run(mend_loops)
         for layout in (Layout(ring=2, recompute="selective"), *([Layout(tensor=2)] if every else [])):
             job = tiny_job(MODEL, layout, attention="flash", batch=2)
-            check_attention(job, planning=False)
+            check_attention(job)
             report = verify_on(job, pool)
             assert report.agree, report.text()
 

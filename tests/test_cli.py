@@ -60,6 +60,11 @@ MISTAKES = {
     "wrong choice": ("plan", "quickstart", "--training.precision", "fp8"),
     "unknown cluster": ("plan", "quickstart", "--cluster", "h100x9"),
     "tensor does not divide": ("plan", "quickstart", "--layout.tensor", "3"),
+    "attention and layout": (
+        *("plan", "quickstart", "--training.attention", "flash", "--model.head-dim", "48", "--layout.tensor", "3"),
+    ),
+    "attention and layout to verify": ("verify", "quickstart", "--training.attention=flex", "--layout.tensor=3"),
+    "GPUs to verify on": ("verify", "quickstart", "--training.device", "cuda", "--layout.tensor", "8"),
     "two rules at once": ("rehearse", "quickstart", "--layout.tensor", "3", "--layout.replicate", "5"),
     "no legal layout": ("plan", "quickstart", "--devices", "7"),
     "world": ("rehearse", "quickstart", "--layout.tensor", "4", "--world", "6"),
@@ -97,6 +102,8 @@ NUM_LINES = {
     "schemes degree": 2,
     "tensor does not divide": 3,
     "two rules at once": 4,
+    "attention and layout": 4,
+    "attention and layout to verify": 4,
     "no legal layout": 4,
     "worksheet sizes": 4,
     "sizes of fsdp-memory": 3,
@@ -317,6 +324,27 @@ def test_rehearse(tmp_path: Path, capsys: Capture) -> None:
     assert json.loads((tmp_path / "new" / "rehearsal.json").read_text()) == account
     planned = run_json(capsys, "plan", "quickstart", "--layout.tensor", "2", "--layout.replicate", "2")["layouts"][0]
     assert account["ledger"] == planned["ledger"]
+
+
+def test_what_auto_takes_is_said(capsys: Capture) -> None:
+    job = ("quickstart", "--model.layers=1", "--training.attention=auto", "--training.device=cuda")
+    chosen = {
+        "asked": "auto",
+        "kernel": "sdpa_efficient",
+        "reason": "flash is tuned for 16 bits, and this is float32",
+    }
+    for command in ("plan", "rehearse"):
+        assert run_json(capsys, command, *job)["attention"] == chosen
+    code, out, _ = run(capsys, "rehearse", *job)
+    assert code == 0
+    assert "training.attention = auto takes sdpa_efficient: flash is tuned for 16 bits, and this is float32\n" in out
+
+
+@pytest.mark.parametrize(("attention", "status"), [("flex", "formula"), ("flash", "executable")])
+def test_what_cannot_be_run_yet_says_so(attention: str, status: str, capsys: Capture) -> None:
+    job = ("quickstart", "--model.layers=1", f"--training.attention={attention}", "--training.device=cuda")
+    assert run_json(capsys, "plan", *job)["layouts"][0]["status"] == status
+    assert run_json(capsys, "rehearse", *job)["status"] == status
 
 
 def test_rehearse_for_people(capsys: Capture) -> None:

@@ -26,7 +26,7 @@ from meshwright.planner.estimate import estimate
 from meshwright.planner.overlap import decide, summary
 from meshwright.planner.step import formula
 from meshwright.training.data import Text
-from meshwright.training.device import resolve_device
+from meshwright.training.device import check_machine, resolve_device
 from meshwright.training.run_folder import RunFolder
 from meshwright.training.trial import reason_against, skipped_line
 from meshwright.units import format_bytes, format_seconds
@@ -56,10 +56,12 @@ def checked(job: Job, processes: int | None = None, *, local_ranks: int | None =
         local_ranks is not None and job.layout.world > local_ranks
     ):  # the hosts are as they are, not as they were planned
         job = replace(job, cluster=replace(job.cluster, devices_per_host=local_ranks))
+    job = resolve_device(job, planning=False, local_ranks=local_ranks)
     require_legal(job)
     if processes is not None:
         check_processes(job.layout, processes)
-    return resolve_device(job, planning=False, local_ranks=local_ranks)
+    check_machine(job, local_ranks=local_ranks)
+    return job
 
 
 def prepare(job: Job, runs: Path) -> RunFolder:

@@ -55,7 +55,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "flash",
         [
             "model.head_dim = 80 with training.attention = flash is not 16, 32, 64, 128 or 256 (no other is taken by "
-            "our kernel): use training.attention naive, sdpa, flex or auto"
+            "our kernel): use training.attention naive, sdpa or auto"
         ],
     ),
     "flex, cpu": (
@@ -63,7 +63,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "flex",
         [
             "training.attention = flex has no backward on a CPU (torch compiles it for GPUs only): use "
-            "training.attention naive, sdpa, flash or auto, or training.device cuda"
+            "training.attention naive, sdpa or auto"
         ],
     ),
     "flex, cpu, head_dim": (
@@ -71,7 +71,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "flex",
         [
             "training.attention = flex has no backward on a CPU (torch compiles it for GPUs only): use "
-            "training.attention naive, sdpa or auto, or training.device cuda",
+            "training.attention naive, sdpa or auto",
             "model.head_dim = 8 with training.attention = flex is not 16 or more (no other is taken by torch's "
             "FlexAttention): use training.attention naive, sdpa or auto",
         ],
@@ -81,7 +81,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "sdpa",
         [
             "model.head_dim = 100 with training.attention = sdpa is not a multiple of 8 up to 256 (no other is taken "
-            "by torch's kernel for 16 bits on CUDA): use training.attention naive or flex"
+            "by torch's kernel for 16 bits on CUDA): use training.attention naive"
         ],
     ),
     "sdpa, float32, head_dim": (
@@ -89,7 +89,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "sdpa",
         [
             "model.head_dim = 18 with training.attention = sdpa is not a multiple of 4 (no other is taken by torch's "
-            "kernel for float32 on CUDA): use training.attention naive or flex"
+            "kernel for float32 on CUDA): use training.attention naive"
         ],
     ),
     "auto, head_dim": (
@@ -109,15 +109,26 @@ def test_refusals(case: str) -> None:
     assert [message for _, message in call.refusals(asked)] == lines
 
 
-def test_what_is_advised_is_legal_and_what_is_not_advised_is_not() -> None:
-    calls = itertools.product(("cpu", "cuda"), (False, True), (4, 6, 8, 16, 20, 64, 96, 128, 256, 320))
-    for call in itertools.starmap(AttentionCall, calls):
-        legal = [asked for asked in get_args(Attention) if not call.refusals(asked)]
-        assert "naive" in legal
+def test_what_is_advised_is_legal_and_runs_and_what_is_not_advised_is_not() -> None:
+    heads = (4, 6, 8, 16, 20, 64, 96, 128, 256, 320)
+    for call in itertools.starmap(
+        AttentionCall, itertools.product(("cpu", "cuda"), (False, True), heads, (False, True))
+    ):
+        at = replace(call, device_kind="cpu") if call.separate else call
+        legal = [asked for asked in get_args(Attention) if not at.refusals(asked) and asked != "flex"]
+        runs = [asked for asked in legal if at.device_kind != "cpu" or asked != "flash"]
+        assert runs == ["sdpa", "auto"] if call.separate else "naive" in runs
+        elsewhere = " with training.device cpu" if at != call else ""
         for asked in get_args(Attention):
-            for _, message in call.refusals(asked):
-                advice = message.rpartition("use training.attention ")[2].partition(", or ")[0]
-                assert advice.replace(" or ", ", ").split(", ") == legal
+            for rule, message in call.refusals(asked):
+                advice = message.rpartition(": use ")[2]
+                if rule == "documents_device":
+                    assert advice == "training.documents joined, or training.device cpu"
+                    continue
+                words, _, instead = advice.removeprefix("training.attention ").partition(", or ")
+                assert instead == ("training.documents joined" if rule == "attention_documents" else "")
+                assert words.endswith(elsewhere)
+                assert words.removesuffix(elsewhere).replace(" or ", ", ").split(", ") == runs
 
 
 def rules(training: Training, head_dim: int = 64) -> list[str]:
@@ -131,6 +142,8 @@ def test_violations_of_a_device_that_is_open_are_those_of_every_device() -> None
     assert rules(Training(attention="sdpa", precision="bf16", device="cuda"), 100) == ["attention_head_dim"]
     assert rules(Training(attention="flex")) == []
     assert rules(Training(attention="flex", device="cpu")) == ["attention_device"]
+    assert rules(Training(documents="separate")) == []
+    assert rules(Training(documents="separate", attention="naive")) == ["attention_documents"]
 
 
 def test_only_one_kernel_has_the_mask_of_documents() -> None:
@@ -139,8 +152,11 @@ def test_only_one_kernel_has_the_mask_of_documents() -> None:
         separate = replace(job.training, documents="separate", attention=asked, device="cpu")
         found = job.layout.violations(job.model, job.cluster, separate)
         assert ("attention_documents" in [v.rule for v in found]) == (asked not in ("sdpa", "auto"))
+        on_gpu = replace(separate, device="cuda")
+        assert "documents_device" in [v.rule for v in job.layout.violations(job.model, job.cluster, on_gpu)]
+    separate = replace(job.training, documents="separate", attention="naive", device="cpu")
     with pytest.raises(UserError) as refused:
-        require_legal(replace(job, training=replace(job.training, documents="separate", attention="naive")))
+        require_legal(replace(job, training=separate))
     assert str(refused.value) == (
         "training.documents = separate with training.attention = naive has no mask (only sdpa's kernel takes that of "
         "documents): use training.attention sdpa or auto, or training.documents joined"

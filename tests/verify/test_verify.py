@@ -20,6 +20,7 @@ from jobs import sampled, tiny_job
 from planted import BareAllReduce, DoubledGather, Fault, doubled_maximum, every_axis_right, not_a_number, wrong_divisor
 
 from meshwright.comm.ranks import Ranks
+from meshwright.config.attention import chosen_attention
 from meshwright.config.files import load_job
 from meshwright.config.tree import Job, Layout
 from meshwright.errors import UserError
@@ -27,6 +28,7 @@ from meshwright.planner.overlap import resolve
 from meshwright.training.device import resolve_device
 from meshwright.verify import verify as verify_module
 from meshwright.verify.matrix import LAYOUTS, MODELS
+from meshwright.verify.report import GradientReport, VerifyReport
 from meshwright.verify.shrink import shrink_job
 from meshwright.verify.verify import check_memory, needed_memory, verify, verify_on
 
@@ -74,6 +76,18 @@ def test_one_device_agrees_with_itself() -> None:
     with Ranks(1) as single:
         report = verify(tiny_job(), ranks=single)
     assert report.agree and report.rows == {"formula": 0, "rehearsal": 0, "run": 0}
+
+
+def test_a_report_says_what_attention_ran() -> None:
+    asked = replace(tiny_job().training, attention="auto")
+    choice, gradients = chosen_attention(tiny_job().model, asked), GradientReport(1, (), ("a", 0.5))
+    rows = dict.fromkeys(("formula", "rehearsal", "run"), 0)
+    report = VerifyReport(1, choice, rows, (), (), 0.0, True, gradients, None)
+    assert report.agree
+    assert report.to_json()["attention"] == choice.to_json()
+    line = "attention  auto takes sdpa_cpu: torch's kernel is the only fused one on a CPU"
+    assert report.text().splitlines()[0] == line
+    assert line not in replace(report, attention=replace(choice, asked="sdpa")).text()
 
 
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])

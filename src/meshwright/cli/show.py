@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meshwright.account import StepAccount
+from meshwright.config.attention import chosen_attention
 from meshwright.config.tree import AXES, Job, Layout
 from meshwright.planner.placement import Placement
 from meshwright.planner.search import Candidate, Plan
@@ -57,6 +58,9 @@ def _plan_cells(candidate: Candidate) -> list[str]:
 def show_account(account: StepAccount, job: Job) -> None:
     """Totals of the ledger by axis and phase, the footprint at its peak, FLOPs and time."""
     emit(f"{job.name}, rank {account.rank} of {account.world} ({_degrees(job.layout)}), {account.source}")
+    attention = chosen_attention(job.model, job.training)
+    if attention.asked == "auto":
+        emit(f"training.attention = auto takes {attention}")
     if account.ledger.rows:
         emit(_ledger_table(account))
     footprint = account.footprint

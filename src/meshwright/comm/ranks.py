@@ -42,13 +42,6 @@ def available_memory() -> int:
     return kibibytes * 1024
 
 
-def num_gpus() -> int:
-    """GPUs of this host."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
 def available_gpu_memory() -> int:
     """Free bytes of this process's GPU."""
     import torch

@@ -5,15 +5,16 @@
     sdpa_flash       torch's FlashAttention-2                        CUDA, 16 bit, head_dim a multiple of 8 up to 256
     sdpa_efficient   torch's memory-efficient attention                         CUDA, float32, head_dim a multiple of 4
     flash            FlashAttention-2 in Triton, ours                           CUDA, head_dim one of FLASH_HEAD_DIMS
-    flex             torch's FlexAttention, compiled                                    CUDA, head_dim 16 or more
+    flex             torch's FlexAttention, compiled; planned, not run                  CUDA, head_dim 16 or more
 
-Nothing falls back in silence: what the asked kernel cannot take is refused, and `auto` says what it took, and why.
+The mask of separate documents is taken by sdpa_cpu alone. Nothing falls back in silence: what the asked kernel cannot
+take is refused, and `auto` says what it took, and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ FLASH_HEAD_DIMS = (16, 32, 64, 128, 256)
 """For which our kernel has tiles."""
 
 FLEX_LEAST_HEAD_DIM = 16
+
+NOT_RUN: tuple[Kernel, ...] = ("flex",)
+"""Planned, rehearsed and timed only: the operators have not passed their tests on a GPU."""
 
 _NAMES: dict[Kernel, str] = {
     "naive": "separate operations",
@@ -58,18 +62,21 @@ class AttentionChoice:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What decides about the kernel: a device and a shape."""
+    """What decides about the kernel: a device, a shape and a mask."""
 
     device_kind: str
     """cpu; anything else is accounted for as CUDA."""
     half: bool
     """Whether the compute dtype has 16 bits."""
     head_dim: int
+    separate: bool = False
+    """Whether a document sees itself only."""
 
     @classmethod
     def of(cls, model: Model, training: Training) -> AttentionCall:
         """Of a job."""
-        return cls(training.device, training.precision == "bf16", model.head_dim)
+        separate = training.documents == "separate"
+        return cls(training.device, training.precision == "bf16", model.head_dim, separate)
 
     def choose(self, attention: Attention) -> AttentionChoice:
         """The kernel and the reason, whether or not the kernel can take the call (see `refusals`)."""
@@ -93,20 +100,39 @@ class AttentionCall:
 
     def refusals(self, attention: Attention) -> list[tuple[str, str]]:
         """(name of the rule, message) for each reason why the kernel that would run cannot."""
-        legal = [other for other in get_args(Attention) if not self._broken(other)]
-        use = f"use training.attention {_listed(legal)}"
-        return [(rule, f"{message}: {use}{instead}") for rule, message, instead in self._broken(attention)]
+        broken, others = self._broken(attention), self._others()
+        return [(rule, f"{message}: use {fix.format(others=others)}") for rule, message, fix in broken]
+
+    def advised(self) -> list[Attention]:
+        """What can be asked for instead, and run: on a CPU not our kernel, which is interpreted there."""
+        names: list[Attention] = [name for name in get_args(Attention) if not self._broken(name)]
+        return [name for name in names if name not in NOT_RUN and (name != "flash" or self.device_kind != "cpu")]
+
+    def _others(self) -> str:
+        """What is advised, in words."""
+        if self.separate and self.device_kind != "cpu":
+            return f"{replace(self, device_kind='cpu')._others()} with training.device cpu"
+        return f"training.attention {_listed(self.advised())}"
 
     def _broken(self, attention: Attention) -> list[tuple[str, str, str]]:
-        """(name of the rule, value and rule in words, what else to do)."""
+        """(name of the rule, value and rule in words, what to use, where `others` are those that are advised)."""
         kernel, found = self.choose(attention).kernel, []
-        asked = f"training.attention = {attention}"
+        asked, separate = f"training.attention = {attention}", "training.documents = separate"
         if kernel == "flex" and self.device_kind == "cpu":
             rule = "has no backward on a CPU (torch compiles it for GPUs only)"
-            found.append(("attention_device", f"{asked} {rule}", ", or training.device cuda"))
+            found.append(("attention_device", f"{asked} {rule}", "{others}"))
         if legal := self._unmet_head_dims(kernel):
             value = f"model.head_dim = {self.head_dim} with {asked}"
-            found.append(("attention_head_dim", f"{value} is not {legal} (no other is taken by {_NAMES[kernel]})", ""))
+            rule = f"is not {legal} (no other is taken by {_NAMES[kernel]})"
+            found.append(("attention_head_dim", f"{value} {rule}", "{others}"))
+        if self.separate and attention not in ("sdpa", "auto"):
+            rule = "has no mask (only sdpa's kernel takes that of documents)"
+            fix = "{others}, or training.documents joined"
+            found.append(("attention_documents", f"{separate} with {asked} {rule}", fix))
+        if self.separate and self.device_kind != "cpu":
+            rule = "needs training.device = cpu (no attention kernel for GPUs takes its mask yet)"
+            fix = "training.documents joined, or training.device cpu"
+            found.append(("documents_device", f"{separate} {rule}", fix))
         return found
 
     def _unmet_head_dims(self, kernel: Kernel) -> str:

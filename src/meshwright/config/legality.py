@@ -102,18 +102,13 @@ def _shape_of_attention(model: Model) -> Iterator[Violation]:
 
 
 def _kernel_of(model: Model, training: Training) -> Iterator[Violation]:
-    """Of `training.attention`; where the device is open, what holds on every device."""
+    """Of `training.attention` and the mask; where the device is open, the rules that are broken on every device."""
     call = AttentionCall.of(model, training)
     kinds = ("cpu", "cuda") if training.device == "auto" else (training.device,)
-    everywhere = [replace(call, device_kind=kind).refusals(training.attention) for kind in kinds]
-    if all(everywhere):
-        yield from (Violation(rule, message) for rule, message in everywhere[-1])
-    if training.documents == "separate" and training.attention not in ("sdpa", "auto"):
-        yield Violation(
-            "attention_documents",
-            f"training.documents = separate with training.attention = {training.attention} has no mask (only sdpa's "
-            f"kernel takes that of documents): use training.attention sdpa or auto, or training.documents joined",
-        )
+    everywhere = [dict(replace(call, device_kind=kind).refusals(training.attention)) for kind in kinds]
+    for rule, message in everywhere[-1].items():
+        if all(rule in broken for broken in everywhere):
+            yield Violation(rule, message)
 
 
 def _split_of_attention(layout: Layout, model: Model) -> Iterator[Violation]:

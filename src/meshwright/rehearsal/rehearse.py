@@ -11,6 +11,7 @@ from meshwright.audit.recorder import Recorder
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.model.decoder import Decoder
+from meshwright.planner.step import status
 from meshwright.rehearsal.fake_world import fake_group, fake_tensors
 from meshwright.training.step import Batch, State, step
 
@@ -42,7 +43,8 @@ def rehearse_job(
             with recorder:
                 step(state, batch, world)
         trace = recorder.trace(repeat=1 + job.training.accumulation - executed)
-        return StepAccount.of(trace, source="rehearsed", rank=rank, world=job.layout.world, job=job.name)
+        about = {"job": job.name, "status": status(job)}
+        return StepAccount.of(trace, source="rehearsed", rank=rank, world=job.layout.world, **about)
 
 
 def _empty_batch(job: Job, executed: int) -> Batch:

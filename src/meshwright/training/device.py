@@ -1,13 +1,17 @@
-"""Which device a job runs on, and which device of the catalog that is."""
+"""Which device a job runs on, whether this machine can run it there, and which device of the catalog that is.
+
+What a kernel cannot take on a device, whatever the machine, is a violation of the job's (`Layout.violations`).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from meshwright.config.attention import AttentionCall
+from meshwright.config.attention import NOT_RUN, AttentionCall
 from meshwright.config.files import load_device
 from meshwright.config.tree import Device, Job
 from meshwright.errors import UserError
@@ -27,64 +31,81 @@ def resolve_device(job: Job, *, planning: bool, local_ranks: int | None = None) 
     """The job with a definite `training.device`.
 
     `auto` becomes, for planning, the kind of the cluster's device (a TPU is accounted for like a GPU); for running,
-    CUDA if each of the `local_ranks` on this host (default: all ranks) has a GPU, else the CPU. Raises UserError where
-    a run asks for CUDA and this host has too few GPUs, for a mask that no kernel of the device takes, or for a kernel
-    that cannot take its shape or run here. Planning does not import torch.
+    CUDA if each of the `local_ranks` on this host (default: all ranks) has a GPU, else the CPU. Planning does not
+    import torch.
     """
-    job = _resolved(job, planning, local_ranks or job.layout.world)
-    if job.training.documents == "separate" and job.training.device != "cpu":
-        raise UserError(
-            "training.documents = separate needs training.device = cpu (no attention kernel for GPUs takes its mask "
-            "yet): use training.documents joined, or training.device cpu"
-        )
-    check_attention(job, planning=planning)
-    return job
-
-
-def check_attention(job: Job, *, planning: bool) -> None:
-    """Raise UserError where a job's device cannot take its attention kernel, or this machine cannot run it."""
-    call, asked = AttentionCall.of(job.model, job.training), job.training.attention
-    if job.model.block != "decoder":
-        return
-    if refusals := call.refusals(asked):
-        raise UserError("\n".join(message for _, message in refusals))
-    kernel = call.choose(asked).kernel
-    if kernel == "flex" and not planning:
-        raise UserError(
-            "training.attention = flex can be planned, rehearsed and timed (bench attention), not trained with: on an "
-            "H200 with torch 2.11, 6 of 7 tests of its operators failed: use training.attention flash or sdpa"
-        )
-    if planning or kernel != "flash":
-        return
-    if not _has_triton():
-        raise UserError(
-            f"training.attention = {asked} needs the package triton, which is not installed (our kernel is written in "
-            f"it): pip install triton, or use training.attention sdpa"
-        )
-    if job.training.device == "cpu" and not interprets_triton(os.environ):
-        raise UserError(
-            f"training.attention = {asked} with training.device = cpu needs {TRITON_INTERPRET}=1 in the environment (a "
-            f"CPU runs our kernel in Triton's interpreter only, thousands of times slower): set it, or use "
-            f"training.attention sdpa or naive"
-        )
-
-
-def _resolved(job: Job, planning: bool, ranks: int) -> Job:
-    asked = job.training.device
-    if planning:
-        planned: Literal["cpu", "cuda"] = "cpu" if job.cluster.device.kind == "cpu" else "cuda"
-        return _with_device(job, planned if asked == "auto" else asked)
-    if asked == "cpu":
+    if job.training.device != "auto":
         return job
-    gpus = _num_gpus()
-    if asked == "auto":
-        return _with_device(job, "cuda" if gpus >= ranks else "cpu")
-    if gpus < ranks:
-        raise UserError(
+    if planning:
+        return _with_device(job, "cpu" if job.cluster.device.kind == "cpu" else "cuda")
+    return _with_device(job, "cuda" if _num_gpus() >= (local_ranks or job.layout.world) else "cpu")
+
+
+def check_machine(job: Job, *, local_ranks: int | None = None) -> None:
+    """Raise UserError with all that keeps this machine from running a legal job on its device, which is resolved.
+
+    On CUDA each of the `local_ranks` on this host (default: all ranks) needs a GPU.
+    """
+    _require_none([*_missing_gpus(job, local_ranks or job.layout.world), *_unrunnable_attention(job)])
+
+
+def check_attention(job: Job) -> None:
+    """Raise UserError if this machine cannot run the attention kernel of a legal job on its device."""
+    _require_none(_unrunnable_attention(job))
+
+
+def _require_none(mistakes: Iterable[str]) -> None:
+    if found := "\n".join(mistakes):
+        raise UserError(found)
+
+
+def _missing_gpus(job: Job, ranks: int) -> Iterator[str]:
+    if job.training.device == "cuda" and (gpus := _num_gpus()) < ranks:
+        yield (
             f"training.device = cuda, but this host has {gpus} GPUs for {ranks} ranks (each rank needs its own): "
             f"use training.device cpu{f', or a layout of {gpus} ranks' if gpus else ''}"
         )
-    return job
+
+
+def _unrunnable_attention(job: Job) -> Iterator[str]:
+    call, asked = AttentionCall.of(job.model, job.training), job.training.attention
+    kernel = call.choose(asked).kernel
+    if kernel in NOT_RUN:
+        use = " or ".join(name for name in ("flash", "sdpa") if name in call.advised()) or "naive"
+        yield (
+            f"training.attention = {asked} can be planned, rehearsed and timed (meshwright bench attention), not run: "
+            f"its operators have not passed their tests on a GPU: use training.attention {use}"
+        )
+    if kernel == "flash":
+        yield from _uncompiled(job)
+
+
+def _uncompiled(job: Job) -> Iterator[str]:
+    """Why Triton cannot run our kernel here."""
+    asked, interpreted = f"training.attention = {job.training.attention}", interprets_triton(os.environ)
+    there = f"{asked} with training.device = {job.training.device}"
+    if not _has_triton():
+        yield (
+            f"{asked} needs the package triton, which is not installed (our kernel is written in it): pip install "
+            f"triton, or use training.attention sdpa"
+        )
+    if job.training.device != "cpu":
+        if interpreted:
+            yield (
+                f"{there} does not go with {TRITON_INTERPRET}=1 in the environment (Triton's interpreter would run in "
+                f"place of the GPU's kernel): unset it, or use training.attention sdpa"
+            )
+        return
+    if not interpreted:
+        yield (
+            f"{there} needs {TRITON_INTERPRET}=1 in the environment (a CPU runs our kernel in Triton's interpreter "
+            f"only, thousands of times slower): set it, or use training.attention sdpa or naive"
+        )
+    if job.training.precision == "bf16":
+        yield (
+            f"{there} and training.precision = bf16 is computed wrong (Triton's interpreter multiplies the bits of "
+            f"bfloat16 as integers): use training.precision float32, or training.attention sdpa"
+        )
 
 
 def known_device() -> Device | None:

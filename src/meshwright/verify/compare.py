@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from meshwright.account import Difference, StepAccount, diff_ledgers
+from meshwright.config.attention import Attention, AttentionCall, chosen_attention
 from meshwright.config.tree import Job, Layout
 from meshwright.model.build import assemble, specs_of
 from meshwright.schemes.params import ParamSpec
@@ -40,8 +41,12 @@ class References:
 
 
 def reference_job(job: Job) -> Job:
-    """The same job on one device, with the attention that exists for every device and dtype."""
-    return replace(job, layout=Layout(), training=replace(job.training, attention="sdpa"))
+    """The same job on one device, with torch's attention, or the naive one where torch's does not take the shape.
+
+    Both take float64 on a CPU.
+    """
+    attention: Attention = "naive" if AttentionCall.of(job.model, job.training).refusals("sdpa") else "sdpa"
+    return replace(job, layout=Layout(), training=replace(job.training, attention=attention))
 
 
 def compare(
@@ -68,6 +73,7 @@ def compare(
     rows = {"formula": formula.ledger, "rehearsal": rehearsals[0].ledger, "run": accounts[0].ledger}
     return VerifyReport(
         world=job.layout.world,
+        attention=chosen_attention(job.model, job.training),
         rows={source: len(ledger.rows) for source, ledger in rows.items()},
         formula_vs_rehearsal=tuple(d for _, d in formula_vs_rehearsal),
         rehearsal_vs_run=tuple(d for _, d in rehearsal_vs_run),

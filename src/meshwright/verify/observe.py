@@ -50,7 +50,7 @@ def observe_rank(job: Job, instrument: Instrument | None = None) -> Observation:
 def observe_reference(job: Job, *, float64: bool) -> Observation:
     """One device in this process, in float64 or in the run's precision, gradients rounded to that of their sums.
 
-    In float64 it is the CPU, whose fused attention takes it; else the kind that the job has.
+    In float64 it is the CPU, whose attention takes it; else the kind that the job has.
     """
     if float64:
         job = replace(job, training=replace(job.training, device="cpu"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from meshwright.account import Difference
+from meshwright.config.attention import AttentionChoice
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class VerifyReport:
     """One verification of a layout against one device."""
 
     world: int
+    attention: AttentionChoice
     rows: dict[str, int]
     formula_vs_rehearsal: tuple[Difference, ...]
     rehearsal_vs_run: tuple[Difference, ...]
@@ -54,6 +56,7 @@ class VerifyReport:
         first = self.first_difference
         return {
             "agree": self.agree,
+            "attention": self.attention.to_json(),
             "rows": self.rows,
             "ledger": {
                 "formula_vs_rehearsal": [d.to_json() for d in self.formula_vs_rehearsal],
@@ -80,6 +83,7 @@ class VerifyReport:
         checked = self.gradients.checked
         passed = checked - len(self.gradients.failed)
         lines = [
+            *([f"attention  auto takes {self.attention}"] if self.attention.asked == "auto" else []),
             f"ledger     {rows} rows on every rank, {differing or 'none'} differ"
             if self.world > 1
             else "ledger     one rank sends nothing",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_gpu_memory, available_memory, num_gpus
+from meshwright.comm.ranks import BYTES_OF_A_RANK, Ranks, available_gpu_memory, available_memory
 from meshwright.config.legality import check_processes, require_legal
 from meshwright.config.tree import Job
 from meshwright.errors import UserError
 from meshwright.planner.overlap import resolve
 from meshwright.planner.step import formula, heaviest
 from meshwright.rehearsal.rehearse import rehearse_job
-from meshwright.training.device import check_attention, resolve_device
+from meshwright.training.device import check_attention, check_machine, resolve_device
 from meshwright.units import format_bytes
 from meshwright.verify.compare import References, compare, reference_job
 from meshwright.verify.observe import Instrument, observe_rank, observe_reference
@@ -20,20 +20,23 @@ from meshwright.verify.shrink import shrink_job
 
 
 def verify(job: Job, processes: int | None = None, *, shrink: bool = False, ranks: Ranks | None = None) -> VerifyReport:
-    """Verify a job on ranks of this machine, with a GPU each where it has so many and the job may use them.
+    """Verify a job on ranks of this machine, with a GPU each if that is asked for, or if it has so many and may choose.
 
     `shrink` verifies a smaller model of the same divisibility; `ranks` is a pool to use instead of a new one. Raises
-    UserError for an illegal layout, processes unequal to its world, or a model too large for this machine's memory.
+    UserError for a job that is illegal where it would run or here, processes unequal to its world, what this machine
+    cannot run, or a model too large for its memory.
     """
     if processes is not None:
         check_processes(job.layout, processes)
-    require_legal(job)
+    planned = resolve_device(job, planning=True)
+    require_legal(planned)
     # The overlap is the one that the whole job would run with, where it would run.
-    job = replace(job, layout=resolve(resolve_device(job, planning=True)).layout)
+    job = replace(job, layout=resolve(planned).layout)
     job = shrink_job(job) if shrink else job
-    on_gpus = _has_gpus_for(job) if ranks is None else ranks.on_gpus
+    on_gpus = _is_for_gpus(job) if ranks is None else ranks.on_gpus
     job = replace(job, training=replace(job.training, device="cuda" if on_gpus else "cpu", compile=False))
-    check_attention(job, planning=False)
+    require_legal(job)
+    check_machine(job) if ranks is None else check_attention(job)
     check_memory(job, available_gpu_memory() if on_gpus else available_memory())
     if ranks is not None:
         return verify_on(job, ranks)
@@ -41,10 +44,11 @@ def verify(job: Job, processes: int | None = None, *, shrink: bool = False, rank
         return verify_on(job, own)
 
 
-def _has_gpus_for(job: Job) -> bool:
-    """Whether each rank can have a GPU, and a kernel there takes the job's mask."""
-    training = job.training
-    return training.device != "cpu" and training.documents == "joined" and num_gpus() >= job.layout.world
+def _is_for_gpus(job: Job) -> bool:
+    """Whether GPUs are asked for; where the device is open, whether each rank has one, which takes the job's mask."""
+    if job.training.device == "auto" and job.training.documents == "separate":
+        return False
+    return resolve_device(job, planning=False).training.device == "cuda"
 
 
 def verify_on(job: Job, ranks: Ranks, instrument: Instrument | None = None) -> VerifyReport:
