@@ -36,6 +36,7 @@ def case(operation: str, payload: int, seconds: float, tier: str = "inter") -> C
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_tiers_are_measured_and_all_ranks_report_the_same(ranks: Pool) -> None:
     grid = Grid(hosts=2, ranks_per_host=2, sizes=(KIB, 4 * KIB), samples=1, seconds=60.0)
     first, *others = ranks(4).run(measure_pool, grid)
@@ -196,6 +197,7 @@ def test_a_place_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- other ways to start ranks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_rank_program_under_torchs_launcher() -> None:
     grid = Grid(ranks_per_host=2, sizes=(KIB, 4 * KIB), samples=1, seconds=20.0)
     cases = collectives._by_torchrun(grid, "cpu")

@@ -218,6 +218,7 @@ def test_rows_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "failed: rank 1: the process ended" in out
 
 
+@pytest.mark.slow
 def test_quick_in_the_lab(capsys: pytest.CaptureFixture[str]) -> None:
     if (why := obstacle()) is not None:
         pytest.skip(why)

@@ -74,7 +74,9 @@ def two_by_two() -> Iterator[tuple[Lab, LabRanks]]:
         yield lab, ranks
 
 
-@pytest.mark.parametrize(("tier", "interface"), [("intra", "lo"), ("inter", "eth0")])
+@pytest.mark.parametrize(
+    ("tier", "interface"), [pytest.param("intra", "lo", marks=pytest.mark.slow), ("inter", "eth0")]
+)
 def test_each_tier_goes_over_its_own_interface(tier: str, interface: str, two_by_two: tuple[Lab, LabRanks]) -> None:
     """Ranks of a host talk over its loopback; between hosts goes what the ledger's rows of that tier say."""
     lab, ranks = two_by_two

@@ -259,6 +259,7 @@ def lone_rank(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place | meeting)
 
 
+@pytest.mark.slow
 def test_what_only_another_rank_finds_is_said(tmp_path: Path) -> None:
     process = lone_rank(tmp_path, "--training.data", f"{tmp_path}/nowhere")
     _, errors = process.communicate(timeout=PATIENCE_SECONDS)

@@ -231,6 +231,7 @@ def test_launched(ranks: Callable[[int], Ranks], tmp_path: Path, how: str, secon
     assert losses == ranks(2).run(ranked_trial.untried, replace(made, layout=kept))[0].losses
 
 
+@pytest.mark.slow
 def test_short_runs_resolve_and_say_that_nothing_was_tried(tmp_path: Path) -> None:
     """Started by torchrun, where rank 0 alone prepares: all run what it chose."""
     made = auto_job(tmp_path, steps=2)

@@ -120,7 +120,7 @@ def test_right_layouts_agree_everywhere(ranks: Pool, case: OverlapCase) -> None:
 @pytest.mark.parametrize(
     ("fault", "layout", "module", "in_backward"),
     [
-        ("wrong way", replace(SPLIT, tensor=4), "layers.0.attention", False),
+        pytest.param("wrong way", replace(SPLIT, tensor=4), "layers.0.attention", False, marks=pytest.mark.slow),
         pytest.param("wrong way", WAYS_OF_4, "layers.1.mlp", True, marks=pytest.mark.slow),
         pytest.param("counted twice", SPLIT, "layers.0.mlp", False, marks=pytest.mark.slow),
         ("counted twice", SPLIT, "layers.1.attention", True),
