@@ -90,6 +90,7 @@ def end_of(folder: Path, layout: Layout, hosts: int, victim: int, fault: Fault) 
     return code, [line for line in said if line.startswith("rank ")]
 
 
+@pytest.mark.slow
 def test_a_cut_link_between_two(tmp_path: Path) -> None:
     """Each has lost the other."""
     code, said = end_of(tmp_path, Layout(replicate=2), 2, 1, cut)

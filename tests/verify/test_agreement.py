@@ -51,7 +51,7 @@ def test_the_selections_cover_the_matrices() -> None:
         assert {case[option] for case in STATES} == {case[option] for case in few_ranks}
 
 
-@pytest.mark.parametrize("case", sampled(SHORT, 3) + sampled(LONG, 3) + sampled(STATES, 2))
+@pytest.mark.parametrize("case", sampled(SHORT, 5) + sampled(LONG, 5) + sampled(STATES, 3))
 def test_formula_rehearsal_and_run_agree(case: AnyCase, ranks: Callable[[int], Ranks]) -> None:
     _assert_agrees(case, ranks, thorough=case in SHORT[::6] or case in STATES[::12])
 

@@ -61,7 +61,7 @@ def job_of(model: Model, layout: Layout, **training: Any) -> Job:
     return tiny_job(model, layout, **{"batch": 4} | training)
 
 
-@pytest.mark.parametrize("case", sampled(CASES, 3))
+@pytest.mark.parametrize("case", sampled(CASES, 4))
 def test_right_layouts_agree(ranks: Pool, case: str) -> None:
     model, layout, training = CASES[case]
     report = verify_on(job_of(model, layout, **training), ranks(layout.world), every_axis_right)

@@ -38,7 +38,7 @@ def test_the_selections_cover_the_matrix() -> None:
     assert [{case[option] for case in SAMPLE} for option in range(len(ALL[0]))] == values
 
 
-@pytest.mark.parametrize("case", sampled(SAMPLE, 2))
+@pytest.mark.parametrize("case", sampled(SAMPLE, 3))
 def test_formula_rehearsal_and_run_agree(case: OverlapCase, ranks: Pool) -> None:
     _assert_agrees(case, ranks, thorough=case in SAMPLE[::5])
 

@@ -50,7 +50,7 @@ PLACES = (
 
 
 @pytest.mark.parametrize(
-    ("model", "layout", "precision"), sampled(((*p, precision) for precision in ("float32", "bf16") for p in PLACES), 3)
+    ("model", "layout", "precision"), sampled(((*p, precision) for precision in ("float32", "bf16") for p in PLACES), 4)
 )
 def test_right_layouts_agree(ranks: Pool, model: str, layout: str, precision: str) -> None:
     job = tiny_job(MODELS[model], LAYOUTS[layout], precision, accumulation=2)
