@@ -18,6 +18,13 @@ import_interpreted()  # before anything else imports Triton
 from meshwright.comm.ranks import Ranks  # noqa: E402
 from meshwright.verify.matrix import every_case  # noqa: E402
 
+LONG = ("test_readme.py", "test_lost_hosts.py", "test_launch.py", "test_trial.py")
+"""Tests of whole programs, 10 to 30 s each: they begin, so that no worker is left alone with them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
