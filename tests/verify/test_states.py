@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from jobs import sampled
 
 from meshwright.comm.ranks import Ranks
 from meshwright.verify.matrix import STATE_LAYOUTS, StateCase, all_state_cases
@@ -18,7 +19,7 @@ SHORT = [case for case in CASES if case.job.layout.world <= 4][::8]
 """Of eight neighbours in the matrix one; all in `make test-all`."""
 
 
-@pytest.mark.parametrize("case", SHORT, ids=str)
+@pytest.mark.parametrize("case", sampled(SHORT, 2))
 def test_right_states_agree(ranks: Pool, case: StateCase) -> None:
     _assert_agrees(case, ranks)
 
