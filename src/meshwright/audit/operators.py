@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 
 from meshwright.comm import torch_private
-from meshwright.schemes.attention import FLEX_TILE
-from meshwright.schemes.flash import Mask, backward_flops, flash_tile, forward_flops
 
 COLLECTIVE_NAMESPACES = ("c10d", "_c10d_functional")
 
@@ -154,14 +152,6 @@ _ATTENTION = {
 }
 """Matrix products of the size of the score matrix: QK and PV forward; QK again, dP, dV, dQ, dK backward."""
 
-_FLASH = {
-    "meshwright.flash_forward": (0, 1, 3, 4),
-    "meshwright.flash_backward": (1, 2, 6, 7),
-    "meshwright.flex_forward": (0, 1, 3, None),
-    "meshwright.flex_backward": (1, 2, 6, None),
-}
-"""Which arguments are queries, keys, whether the mask is causal, and its offset. They leave out what the mask hides."""
-
 
 def kind_and_flops(func: Any, args: tuple[Any, ...]) -> tuple[str, int]:
     """Kind of operation (matmul, attention, elementwise) and its FLOPs, counted for matmul and attention only."""
@@ -173,23 +163,14 @@ def kind_and_flops(func: Any, args: tuple[Any, ...]) -> tuple[str, int]:
         at = 1 if name.endswith("backward") else 0  # backward operators take the gradient of the output first
         q, k = args[at], args[at + 1]
         return "attention", 2 * _ATTENTION[name] * math.prod(q.shape) * k.shape[-2]
-    if name in _FLASH:
-        q, k, causal, offset = (0 if place is None else args[place] for place in _FLASH[name])
-        return "attention", _flash_flops(name, q, k, causal, offset)
     if func in torch_private.flop_registry or func.overloadpacket in torch_private.flop_registry:
-        return "matmul", -1  # convolutions and the like: the caller asks torch's own formula
+        # Convolutions and the like, and attention of our own: the caller asks the formula that came with the operator.
+        return "attention" if func.namespace == "meshwright" else "matmul", -1
     return "elementwise", 0
 
 
-def _flash_flops(name: str, q: Any, k: Any, causal: Any, offset: Any) -> int:
-    B, S, H, D = q.shape
-    tile = FLEX_TILE if "flex" in name else flash_tile(D, q.element_size())
-    flops = backward_flops if name.endswith("backward") else forward_flops
-    return flops(B, H, S, k.shape[1], D, tile, Mask(causal, offset))
-
-
 def torch_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> int:
-    """FLOPs by torch's own registry."""
+    """FLOPs by torch's registry of formulas."""
     return int(torch_private.flop_registry[func.overloadpacket](*args, **kwargs, out_val=outputs))
 
 

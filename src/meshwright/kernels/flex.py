@@ -16,10 +16,14 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from meshwright.comm import torch_private
+from meshwright.schemes.attention import FLEX_TILE
+from meshwright.schemes.flash import Mask, backward_flops, forward_flops
 
 Compiled = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -65,6 +69,27 @@ def _(
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@register_flop_formula(torch.ops.meshwright.flex_forward, get_raw=True)
+def _forward_flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, **_: Any) -> int:
+    B, S, H, D = q.shape
+    return forward_flops(B, H, S, k.shape[1], D, FLEX_TILE, Mask(causal))
+
+
+@register_flop_formula(torch.ops.meshwright.flex_backward, get_raw=True)
+def _backward_flops(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    **_: Any,
+) -> int:
+    B, S, H, D = q.shape
+    return backward_flops(B, H, S, k.shape[1], D, FLEX_TILE, Mask(causal))
 
 
 Key = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
