@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -50,31 +51,23 @@ class Call:
 
         Raises RuntimeError if this device has too little shared memory for every launch.
         """
-        option = _fitting.get((kernel, self.problem)) or chosen(kernel, self.problem)
-        try:
-            self.launch(kernel, option, *outputs)
-        except Exception as error:
-            if type(error).__name__ != "OutOfResources":
-                raise
-            self._run_another(kernel, option, outputs, error)
-
-    def _run_another(
-        self, kernel: KernelName, option: Candidate, outputs: tuple[torch.Tensor, ...], error: Exception
-    ) -> None:
-        """The first of the other launches whose tiles this device has room for."""
-        for other in (other for other in candidates(kernel, self.problem) if other != option):
+        first = _fitting.get((kernel, self.problem)) or chosen(kernel, self.problem)
+        others = (option for option in candidates(kernel, self.problem) if option != first)
+        for option in chain((first,), others):  # others are looked up only if the first does not fit
             try:
-                self.launch(kernel, other, *outputs)
-            except Exception as again:
-                if type(again).__name__ != "OutOfResources":
+                self.launch(kernel, option, *outputs)
+            except Exception as error:
+                if type(error).__name__ != "OutOfResources":  # Triton's, which is imported only where kernels run
                     raise
-                continue
-            _fitting[kernel, self.problem] = other
-            return
+                short = error
+            else:
+                if option is not first:
+                    _fitting[kernel, self.problem] = option
+                return
         raise RuntimeError(
             f"flash attention with head_dim {self.problem.head_dim} needs more shared memory than this GPU gives a "
-            f"block ({error}): use training.attention sdpa"
-        ) from error
+            f"block ({short}): use training.attention sdpa"
+        ) from short
 
     def launch(self, kernel: KernelName, option: Candidate, *outputs: torch.Tensor) -> None:
         """Run a kernel in one way."""
