@@ -143,16 +143,3 @@ def test_naive_attention_is_attention(causal: bool, kv_heads: int) -> None:
         found[name] = (out, *torch.autograd.grad(out.square().sum(), inputs))
     for ours, theirs in zip(found["naive"], found["sdpa-math"], strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("seq", [64, 128, 200, 640])
-def test_the_block_mask_is_that_of_torch(seq: int) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    ours = subjects.causal_blocks(seq, torch.device("cpu"))
-    theirs = create_block_mask(subjects._causal, None, None, seq, seq, device="cpu")
-    assert ours.shape == theirs.shape
-    for name in ("kv_num_blocks", "q_num_blocks"):
-        blocks = [getattr(m, name) + getattr(m, f"full_{name}") for m in (ours, theirs)]
-        assert torch.equal(*blocks)
-    assert torch.equal(ours.to_dense(), theirs.to_dense())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from reference.precision import assert_within_twice
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import create_block_mask
 
 from meshwright.audit.recorder import Recorder
 from meshwright.comm import torch_private
 from meshwright.kernels.attention import attention_backward, attention_forward, causal_attention
+from meshwright.kernels.flex import block_mask
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch compiles its backward for GPUs only")
 
@@ -26,6 +30,29 @@ def inputs(device: str, S: int = 200, D: int = 64, heads: int = 4, kv_heads: int
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, S, heads, D), (2, S, kv_heads, D), (2, S, kv_heads, D))
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 128), (200, 200), (640, 640), (200, 640), (384, 100)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_block_mask_is_that_of_torch(shape: tuple[int, int], causal: bool) -> None:
+    if causal and shape[0] != shape[1]:
+        return
+    ours = block_mask(*shape, causal, torch.device("cpu"))
+    theirs = create_block_mask(ours.mask_mod, None, None, *shape, device="cpu")
+    for a, b in zip(ours.as_tuple()[:-1], theirs.as_tuple()[:-1], strict=True):
+        if isinstance(a, torch.Tensor) and a.dim() == 4:
+            continue  # the order of blocks that are not counted is free
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+
+def test_nothing_is_differentiated_where_backward_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the autograd engine's thread waits for it: whatever it differentiated there would wait for ever."""
+    monkeypatch.setattr(torch.autograd, "grad", pytest.fail)
+    q, k, v = (x.float().transpose(1, 2) for x in inputs("cpu"))
+    trace = make_fx(functools.partial(torch_private.flex_backward, block_mask(200, 200, True, q.device)))
+    calls = [node.target for node in trace(q, k, v, q, q, q[..., 0]).graph.nodes]
+    assert torch.ops.higher_order.flex_attention_backward in calls
 
 
 @on_gpu

@@ -20,7 +20,7 @@ def results(operation: Operation, inputs: Sequence[torch.Tensor], seed: int = 0)
     outputs = operation(*leaves)
     outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    dys = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
+    dys = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], dys)
     return [x.detach().double() for x in (*outputs, *gradients)]
 

@@ -21,11 +21,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 from meshwright.bench.attention_cost import MEASURES, Cell, Measure
 from meshwright.config.attention import FLASH_HEAD_DIMS, FLEX_LEAST_HEAD_DIM
 from meshwright.config.legality import listed
+from meshwright.kernels.flex import block_mask
 from meshwright.model.build import DTYPES
 
 Implementation = Literal[
@@ -44,7 +45,6 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 COMPILED = ("naive-compiled", "naive-max-autotune", "flex")
 OURS = ("flash",)
-FLEX_BLOCK = 128
 
 _BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -175,7 +175,7 @@ def _sdpa(backend: SDPBackend, cell: Cell, views: list[torch.Tensor]) -> torch.T
 
 
 def _flex(cell: Cell, inputs: Inputs, views: list[torch.Tensor]) -> Subject:
-    mask = causal_blocks(cell.seq, inputs.q_BSHD.device) if cell.causal else None
+    mask = block_mask(cell.seq, cell.seq, True, inputs.q_BSHD.device) if cell.causal else None
     differentiable = inputs.q_BSHD.device.type != "cpu"
     if not differentiable:  # torch refuses inputs that want gradients, whether or not there is a graph
         views = [x.detach() for x in views]
@@ -187,30 +187,6 @@ def _flex(cell: Cell, inputs: Inputs, views: list[torch.Tensor]) -> Subject:
         lambda: compiled(*views, block_mask=mask, enable_gqa=grouped),
         differentiable=differentiable,
     )
-
-
-def causal_blocks(seq: int, device: torch.device) -> BlockMask:
-    """FlexAttention's causal mask, made from its blocks: no [S, S] on the way.
-
-    Row i of blocks sees blocks 0 to i - 1 in full, and block i in part.
-    """
-    n = -(-seq // FLEX_BLOCK)
-    rows = torch.arange(n, dtype=torch.int32, device=device)
-    diagonal = torch.zeros(1, 1, n, n, dtype=torch.int32, device=device)
-    diagonal[..., 0] = rows
-    return BlockMask.from_kv_blocks(
-        torch.ones(1, 1, n, dtype=torch.int32, device=device),
-        diagonal,
-        rows.view(1, 1, n).clone(),
-        rows.expand(1, 1, n, n).contiguous(),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=_causal,
-        seq_lengths=(seq, seq),
-    )
-
-
-def _causal(batch: Any, head: Any, query: Any, key: Any) -> Any:
-    return query >= key
 
 
 class _Flash(torch.autograd.Function):

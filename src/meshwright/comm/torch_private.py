@@ -30,7 +30,6 @@ __all__ = [
     "ending_ranks_within",
     "flex_backward",
     "flex_forward",
-    "flex_mask",
     "flop_registry",
     "fsdp_collectives",
     "group_named",
@@ -193,19 +192,13 @@ _FLEX_OPTIONS = {
 """What `flex_attention` passes to its operators by default."""
 
 
-def flex_mask(queries: int, keys: int, causal: bool, device: torch.device) -> Any:
-    """The mask by blocks of 128 × 128."""
-    from torch.nn.attention.flex_attention import create_block_mask, noop_mask
-
-    return create_block_mask(_not_after if causal else noop_mask, None, None, queries, keys, device=str(device))
-
-
-def _not_after(batch: Any, head: Any, query: Any, key: Any) -> Any:
-    return query >= key
-
-
 def _unchanged(score: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
     return score
+
+
+def _gradients(score: Any, batch: Any, head: Any, query: Any, key: Any, dscore: Any) -> list[Any]:
+    """Those of what `_unchanged` takes. torch would differentiate to find them, which must not be (`kernels.flex`)."""
+    return [dscore, None, None, None, None]
 
 
 def flex_forward(mask: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -226,10 +219,9 @@ def flex_backward(
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """dq, dk and dv; `lse` as `flex_forward` gives it."""
-    from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+    from torch._higher_order_ops.flex_attention import flex_attention_backward
 
-    indices = tuple(q.new_zeros((), dtype=torch.int) for _ in range(4))
-    graphs = create_fw_bw_graph(_unchanged, (q.new_zeros((), requires_grad=True), *indices), ())  # type: ignore[arg-type]
+    graphs = _unchanged, _gradients
     scale, nothing = q.shape[-1] ** -0.5, torch.zeros_like(lse)
     given = (q, k, v, out, lse, dout, nothing, *graphs, mask.as_tuple(), scale, _FLEX_OPTIONS, (), ())
     return flex_attention_backward(*given)[:3]  # type: ignore[arg-type]

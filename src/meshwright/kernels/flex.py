@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, noop_mask
 from torch.utils.flop_counter import register_flop_formula
 
 from meshwright.comm import torch_private
@@ -26,6 +27,8 @@ from meshwright.schemes.attention import FLEX_TILE
 from meshwright.schemes.flash import Mask, backward_flops, forward_flops
 
 Compiled = Callable[..., tuple[torch.Tensor, ...]]
+
+BLOCK = FLEX_TILE.forward_queries
 
 
 @torch.library.custom_op("meshwright::flex_forward", mutates_args=())
@@ -111,8 +114,45 @@ def _compiled(function: Compiled, causal: bool, shapes: Key, dtype: torch.dtype,
     ]
 
     def compiled() -> Compiled:
-        mask = torch_private.flex_mask(S, Z, causal, device)
+        mask = block_mask(S, Z, causal, device)
         return torch_private.inductor_compiled(functools.partial(function, mask), operands)
 
-    with ThreadPoolExecutor(1) as clean:  # inside an operator, tracing would inherit what dispatch has switched off
+    # Inside an operator, tracing would inherit what dispatch has switched off: hence a thread. What it waits for is the
+    # autograd engine's own thread, if backward runs: nothing in there may differentiate, it would wait for itself.
+    with ThreadPoolExecutor(1) as clean:
         return clean.submit(compiled).result()
+
+
+# --- the mask ---------------------------------------------------------------------------------------------------------
+
+
+def block_mask(queries: int, keys: int, causal: bool, device: torch.device) -> BlockMask:
+    """The mask of `create_block_mask`, made from its blocks: no [queries, keys] on the way.
+
+    Causal, a row of blocks sees those before it in full and the last in part, and there are as many queries as keys.
+    Of blocks that sequences do not fill it sees a part.
+    """
+    assert queries == keys or not causal, (queries, keys)
+    rows = torch.arange(-(-queries // BLOCK), device=device).unsqueeze(1)
+    columns = torch.arange(-(-keys // BLOCK), device=device)
+    seen = (columns <= rows) if causal else (columns >= 0) & (rows >= 0)
+    whole = seen & (columns < keys // BLOCK) & (rows < queries // BLOCK)
+    if causal:
+        whole &= columns < rows
+    return BlockMask.from_kv_blocks(
+        *_in_order(seen & ~whole),
+        *_in_order(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_not_after if causal else noop_mask,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _in_order(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of blocks [rows, columns]: how many a row has [1, 1, rows], and columns, these first [1, 1, rows, columns]."""
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32)[None, None], columns.int()[None, None].contiguous()
+
+
+def _not_after(batch: Any, head: Any, query: Any, key: Any) -> Any:
+    return query >= key
