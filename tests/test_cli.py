@@ -340,13 +340,6 @@ def test_what_auto_takes_is_said(capsys: Capture) -> None:
     assert "training.attention = auto takes sdpa_efficient: flash is tuned for 16 bits, and this is float32\n" in out
 
 
-@pytest.mark.parametrize(("attention", "status"), [("flex", "formula"), ("flash", "executable")])
-def test_what_cannot_be_run_yet_says_so(attention: str, status: str, capsys: Capture) -> None:
-    job = ("quickstart", "--model.layers=1", f"--training.attention={attention}", "--training.device=cuda")
-    assert run_json(capsys, "plan", *job)["layouts"][0]["status"] == status
-    assert run_json(capsys, "rehearse", *job)["status"] == status
-
-
 def test_rehearse_for_people(capsys: Capture) -> None:
     code, out, _ = run(capsys, "rehearse", "quickstart", "--layout.tensor", "2")
     assert code == 0

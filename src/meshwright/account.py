@@ -446,12 +446,10 @@ class StepAccount:
     prices (`planner.overlap`); empty where nobody chose."""
 
     @classmethod
-    def of(
-        cls, trace: Trace, *, source: Source, rank: int, world: int, job: str = "", status: str = "executable"
-    ) -> StepAccount:
+    def of(cls, trace: Trace, *, source: Source, rank: int, world: int, job: str = "") -> StepAccount:
         """Fold a trace into an account."""
         folds = Ledger.of(trace), Work.of(trace), Footprint.of(trace)
-        return cls(source, rank, world, trace, *folds, job=job, status=status)
+        return cls(source, rank, world, trace, *folds, job=job)
 
     def to_json(self) -> dict[str, Any]:
         """The account as plain data; the trace itself is left out."""

@@ -55,7 +55,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "flash",
         [
             "model.head_dim = 80 with training.attention = flash is not 16, 32, 64, 128 or 256 (no other is taken by "
-            "our kernel): use training.attention naive, sdpa or auto"
+            "our kernel): use training.attention naive, sdpa, flex or auto"
         ],
     ),
     "flex, cpu": (
@@ -81,7 +81,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "sdpa",
         [
             "model.head_dim = 100 with training.attention = sdpa is not a multiple of 8 up to 256 (no other is taken "
-            "by torch's kernel for 16 bits on CUDA): use training.attention naive"
+            "by torch's kernel for 16 bits on CUDA): use training.attention naive or flex"
         ],
     ),
     "sdpa, float32, head_dim": (
@@ -89,7 +89,7 @@ REFUSALS: dict[str, tuple[AttentionCall, Attention, list[str]]] = {
         "sdpa",
         [
             "model.head_dim = 18 with training.attention = sdpa is not a multiple of 4 (no other is taken by torch's "
-            "kernel for float32 on CUDA): use training.attention naive"
+            "kernel for float32 on CUDA): use training.attention naive or flex"
         ],
     ),
     "auto, head_dim": (
@@ -115,7 +115,7 @@ def test_what_is_advised_is_legal_and_runs_and_what_is_not_advised_is_not() -> N
         AttentionCall, itertools.product(("cpu", "cuda"), (False, True), heads, (False, True))
     ):
         at = replace(call, device_kind="cpu") if call.separate else call
-        legal = [asked for asked in get_args(Attention) if not at.refusals(asked) and asked != "flex"]
+        legal = [asked for asked in get_args(Attention) if not at.refusals(asked)]
         runs = [asked for asked in legal if at.device_kind != "cpu" or asked != "flash"]
         assert runs == ["sdpa", "auto"] if call.separate else "naive" in runs
         elsewhere = " with training.device cpu" if at != call else ""

@@ -45,6 +45,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_no_machine_can_run_is_said_before_what_this_one_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_num_gpus", lambda: 0)
+    monkeypatch.setattr(device, "_has_triton", lambda: False)
     broken = job(Layout(tensor=3), device="cuda", attention="flash")
     with pytest.raises(UserError) as refused:
         checked(broken)
@@ -186,18 +187,19 @@ def test_our_kernel_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refused(attending(device="cuda", attention=asked, precision="bf16")) == [NO_TRITON.format(asked)]
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "precision", "use"), [(16, "bf16", "flash or sdpa"), (48, "bf16", "sdpa"), (18, "float32", "naive")]
-)
-def test_flex_is_planned_and_not_run(monkeypatch: pytest.MonkeyPatch, head_dim: int, precision: str, use: str) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_where_flex_runs(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     monkeypatch.setattr(device, "_num_gpus", lambda: 1)
+    monkeypatch.setattr(device, "_has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     flex = attending(device="cuda", attention="flex", precision=precision)
-    flex = replace(flex, model=replace(flex.model, head_dim=head_dim))
-    require_legal(resolve_device(flex, planning=True))
-    assert refused(flex) == [
-        "training.attention = flex can be planned, rehearsed and timed (meshwright bench attention), not run: its "
-        f"operators have not passed their tests on a GPU: use training.attention {use}"
-    ]
+    assert refused(flex) == []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert refused(flex) == [INSTEAD.format("flex")]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(device, "_has_triton", lambda: False)
+    reason = "our kernel is written in it", "torch compiles FlexAttention into it"
+    assert refused(flex) == [NO_TRITON.format("flex").replace(*reason)]
 
 
 def test_what_a_device_cannot_take_is_refused_once_the_device_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

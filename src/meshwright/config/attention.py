@@ -5,7 +5,7 @@
     sdpa_flash       torch's FlashAttention-2                        CUDA, 16 bit, head_dim a multiple of 8 up to 256
     sdpa_efficient   torch's memory-efficient attention                         CUDA, float32, head_dim a multiple of 4
     flash            FlashAttention-2 in Triton, ours                           CUDA, head_dim one of FLASH_HEAD_DIMS
-    flex             torch's FlexAttention, compiled; planned, not run                  CUDA, head_dim 16 or more
+    flex             torch's FlexAttention, compiled                                    CUDA, head_dim 16 or more
 
 The mask of separate documents is taken by sdpa_cpu alone. Nothing falls back in silence: what the asked kernel cannot
 take is refused, and `auto` says what it took, and why.
@@ -30,9 +30,6 @@ FLASH_HEAD_DIMS = (16, 32, 64, 128, 256)
 """For which our kernel has tiles."""
 
 FLEX_LEAST_HEAD_DIM = 16
-
-NOT_RUN: tuple[Kernel, ...] = ("flex",)
-"""Planned, rehearsed and timed only: the operators have not passed their tests on a GPU."""
 
 _NAMES: dict[Kernel, str] = {
     "naive": "separate operations",
@@ -106,7 +103,7 @@ class AttentionCall:
     def advised(self) -> list[Attention]:
         """What can be asked for instead, and run: on a CPU not our kernel, which is interpreted there."""
         names: list[Attention] = [name for name in get_args(Attention) if not self._broken(name)]
-        return [name for name in names if name not in NOT_RUN and (name != "flash" or self.device_kind != "cpu")]
+        return [name for name in names if name != "flash" or self.device_kind != "cpu"]
 
     def _others(self) -> str:
         """What is advised, in words."""

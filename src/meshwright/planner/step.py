@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from meshwright.account import StepAccount, Trace
-from meshwright.config.attention import NOT_RUN, chosen_attention
 from meshwright.config.tree import Job, Layout, Model
 from meshwright.planner.states import States, states_of
 from meshwright.schemes.decoder import Decoder
@@ -23,13 +22,7 @@ def formula(job: Job, rank: int = 0) -> StepAccount:
 
     Ranks differ by their coordinate on the ring, and by their part of sharded states.
     """
-    trace, world, found = step_trace(job, rank), job.layout.world, status(job)
-    return StepAccount.of(trace, source="formula", rank=rank, world=world, job=job.name, status=found)
-
-
-def status(job: Job) -> str:
-    """`executable`, or `formula` where nothing can run it yet."""
-    return "formula" if chosen_attention(job.model, job.training).kernel in NOT_RUN else "executable"
+    return StepAccount.of(step_trace(job, rank), source="formula", rank=rank, world=job.layout.world, job=job.name)
 
 
 def heaviest(job: Job) -> StepAccount:

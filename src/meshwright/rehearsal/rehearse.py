@@ -11,7 +11,6 @@ from meshwright.audit.recorder import Recorder
 from meshwright.comm.mesh import World
 from meshwright.config.tree import Job
 from meshwright.model.decoder import Decoder
-from meshwright.planner.step import status
 from meshwright.rehearsal.fake_world import fake_group, fake_tensors
 from meshwright.training.step import Batch, State, step
 
@@ -43,8 +42,7 @@ def rehearse_job(
             with recorder:
                 step(state, batch, world)
         trace = recorder.trace(repeat=1 + job.training.accumulation - executed)
-        about = {"job": job.name, "status": status(job)}
-        return StepAccount.of(trace, source="rehearsed", rank=rank, world=job.layout.world, **about)
+        return StepAccount.of(trace, source="rehearsed", rank=rank, world=job.layout.world, job=job.name)
 
 
 def _empty_batch(job: Job, executed: int) -> Batch:

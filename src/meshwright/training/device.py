@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from meshwright.config.attention import NOT_RUN, AttentionCall
+from meshwright.config.attention import Kernel, chosen_attention
 from meshwright.config.files import load_device
 from meshwright.config.tree import Device, Job
 from meshwright.errors import UserError
@@ -68,26 +68,20 @@ def _missing_gpus(job: Job, ranks: int) -> Iterator[str]:
 
 
 def _unrunnable_attention(job: Job) -> Iterator[str]:
-    call, asked = AttentionCall.of(job.model, job.training), job.training.attention
-    kernel = call.choose(asked).kernel
-    if kernel in NOT_RUN:
-        use = " or ".join(name for name in ("flash", "sdpa") if name in call.advised()) or "naive"
-        yield (
-            f"training.attention = {asked} can be planned, rehearsed and timed (meshwright bench attention), not run: "
-            f"its operators have not passed their tests on a GPU: use training.attention {use}"
-        )
-    if kernel == "flash":
-        yield from _uncompiled(job)
+    kernel = chosen_attention(job.model, job.training).kernel
+    if kernel in ("flash", "flex"):
+        yield from _uncompiled(job, kernel)
 
 
-def _uncompiled(job: Job) -> Iterator[str]:
-    """Why Triton cannot run our kernel here."""
+def _uncompiled(job: Job, kernel: Kernel) -> Iterator[str]:
+    """Why Triton cannot run our kernel, or what torch compiles FlexAttention to, here."""
     asked, interpreted = f"training.attention = {job.training.attention}", interprets_triton(os.environ)
     there = f"{asked} with training.device = {job.training.device}"
     if not _has_triton():
+        reason = "our kernel is written in it" if kernel == "flash" else "torch compiles FlexAttention into it"
         yield (
-            f"{asked} needs the package triton, which is not installed (our kernel is written in it): pip install "
-            f"triton, or use training.attention sdpa"
+            f"{asked} needs the package triton, which is not installed ({reason}): pip install triton, or use "
+            f"training.attention sdpa"
         )
     if job.training.device != "cpu":
         if interpreted:
