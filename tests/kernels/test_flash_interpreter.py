@@ -56,6 +56,14 @@ def test_flash_interpreter_products(flash_counted, flash_device, dtype):
     assert flash_counted.flops == 3 * 2 * 16**3
 
 
+def test_flash_interpreter_sums_products_as_pytorch(flash_device):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    c = torch.empty_like(a)
+    as_interpreted(product)[(1,)](a, b, c, 1, N=256)
+    assert torch.equal(c, a @ b)
+
+
 def test_flash_interpreter_infinities(flash_device):
     x, y = torch.full((16,), -torch.inf), torch.empty(16)
     as_interpreted(nothing_seen)[(1,)](x, y, N=16)
