@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ import ranked_axes as ranked
 import torch
 
 from meshwright.account import LedgerKey
-from meshwright.comm.collectives import Axis
+from meshwright.comm import scope
+from meshwright.comm.collectives import Axis, Pending, _wired
 from meshwright.comm.ranks import Ranks
 
 Pool = Callable[[int], Ranks]
@@ -67,3 +69,25 @@ def test_one_rank_has_it_all(method: str) -> None:
     tensor = torch.arange(3.0)
     pending = getattr(Axis("shard"), method)(tensor, site="here")
     assert pending.wait() is tensor and not pending.works
+
+
+@pytest.mark.parametrize("holds", ["itself", "a view"])
+def test_waiting_outlasts_the_backends_hold_of_the_tensors(holds: str) -> None:
+    """While somebody observes: who lets go later than that may free memory on a thread that nobody follows."""
+
+    class Done:
+        def wait(self) -> None: ...
+
+    class Onlooker:
+        def waited(self, pending: Pending) -> None: ...
+
+    tensor = torch.ones(2)
+    pending = Pending(tensor, (Done(),), _wired(tensor))  # type: ignore[arg-type]
+    held = [alias if holds == "itself" else alias[:1] for alias in pending.wired]
+    let_go = threading.Event()
+    timer = threading.Timer(0.2, lambda: (let_go.set(), held.clear()))
+    timer.start()
+    with scope.observe(Onlooker()):
+        assert pending.wait() is tensor
+    assert let_go.is_set() and not pending.wired
+    timer.join()

@@ -33,10 +33,8 @@ class Pending:
 
     tensor: torch.Tensor
     works: Sequence[dist.Work] = ()
-    sent: torch.Tensor | None = None
-    """What is being sent, where that is not the tensor itself."""
-    num_references: tuple[int, ...] = ()
-    """Holders of the tensor, and of what is sent, before they were put on the wire; known while somebody observes."""
+    wired: Sequence[torch.Tensor] = ()
+    """What the backend was given, see `_wired`: what it fills, and what it sends."""
     call: Call | None = None
     """None where nothing was put on the wire."""
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -55,7 +53,7 @@ class Pending:
             if observed():
                 self._settle()
                 notify_wait(self)
-            self.sent = None
+            self.wired = ()
         if self.finish is not None:
             self.tensor, self.finish = self.finish(self.tensor), None
         return self.tensor
@@ -70,15 +68,16 @@ class Pending:
 
         Else that thread might be the last holder and free a storage, unseen by whoever follows memory on this one.
         """
+        alone = [torch_private.num_references(alias) for alias in _wired(*self.wired)]
         deadline = time.monotonic() + limit_seconds
-        tensors = [tensor for tensor in (self.tensor, self.sent) if tensor is not None]
-        for tensor, before in zip(tensors, self.num_references, strict=bool(self.num_references)):
-            while torch_private.num_references(tensor) > before and time.monotonic() < deadline:
-                time.sleep(0)
+        while [torch_private.num_references(alias) for alias in self.wired] != alone and time.monotonic() < deadline:
+            time.sleep(0)
 
 
-def _holders(*tensors: torch.Tensor) -> tuple[int, ...]:
-    return tuple(torch_private.num_references(tensor) for tensor in tensors) if observed() else ()
+def _wired(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Aliases to put on the wire: held by a `Pending` and the backend alone, so that the one sees the other let go."""
+    with unaccounted():
+        return tuple(tensor.detach() for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ class Axis:
         """Reduce `tensor` over the axis, in place. Payload: the tensor."""
         if self.size == 1:
             return Pending(tensor)
-        holders = _holders(tensor)
+        wired = _wired(tensor)
         with self._issue("all_reduce", site, phase) as call:
-            work = dist.all_reduce(tensor, op=_REDUCTIONS[reduction], group=self.group, async_op=True)
-        return Pending(tensor, (work,), num_references=holders, call=call)
+            work = dist.all_reduce(wired[0], op=_REDUCTIONS[reduction], group=self.group, async_op=True)
+        return Pending(tensor, (work,), wired, call)
 
     def all_gather(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
         """Concatenate every rank's `tensor` along `dim`. Payload: the gathered tensor."""
@@ -108,9 +107,9 @@ class Axis:
         with self._issue("all_gather", site, phase) as call:
             part = tensor.contiguous()
             gathered = part.new_empty(self.size * part.shape[0], *part.shape[1:])
-            holders = _holders(gathered, part)
-            work = torch_private.all_gather_into(gathered, part, group=self.group, async_op=True)
-        pending = Pending(gathered, (work,), part, holders, call)
+            wired = _wired(gathered, part)
+            work = torch_private.all_gather_into(*wired, group=self.group, async_op=True)
+        pending = Pending(gathered, (work,), wired, call)
         return pending.then(lambda parts: _side_by_side(parts, self.size, dim)) if dim else pending
 
     def reduce_scatter(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:
@@ -120,9 +119,9 @@ class Axis:
         with self._issue("reduce_scatter", site, phase) as call:
             parts = tensor.unflatten(dim, (self.size, -1)).movedim(dim, 0).flatten(0, 1).contiguous()
             part = parts.new_empty(parts.shape[0] // self.size, *parts.shape[1:])
-            holders = _holders(part, parts)
-            work = torch_private.reduce_scatter_into(part, parts, group=self.group, async_op=True)
-        return Pending(part, (work,), parts, holders, call)
+            wired = _wired(part, parts)
+            work = torch_private.reduce_scatter_into(*wired, group=self.group, async_op=True)
+        return Pending(part, (work,), wired, call)
 
     def all_gather_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Fill `tensor`, 1-D, of which each rank has its own equal part. Payload: the tensor."""
@@ -130,9 +129,9 @@ class Axis:
             return Pending(tensor)
         with self._issue("all_gather", site, phase) as call:
             own = tensor.chunk(self.size)[self.rank]
-            holders = _holders(tensor, own)
-            work = torch_private.all_gather_into(tensor, own, group=self.group, async_op=True)
-        return Pending(tensor, (work,), own, holders, call)
+            wired = _wired(tensor, own)
+            work = torch_private.all_gather_into(*wired, group=self.group, async_op=True)
+        return Pending(tensor, (work,), wired, call)
 
     def reduce_scatter_in_place(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Leave in this rank's equal part of `tensor`, 1-D, the sum over the axis; the rest is undefined after.
@@ -143,9 +142,9 @@ class Axis:
             return Pending(tensor)
         with self._issue("reduce_scatter", site, phase) as call:
             own = tensor.chunk(self.size)[self.rank]
-            holders = _holders(own, tensor)
-            work = torch_private.reduce_scatter_into(own, tensor, group=self.group, async_op=True)
-        return Pending(own, (work,), tensor, holders, call)
+            wired = _wired(own, tensor)
+            work = torch_private.reduce_scatter_into(*wired, group=self.group, async_op=True)
+        return Pending(own, (work,), wired, call)
 
     def reduce_scatter_into(
         self, part: torch.Tensor, tensor: torch.Tensor, *, site: str, phase: str | None = None
@@ -153,9 +152,9 @@ class Axis:
         """Fill `part` with this rank's equal part of the sum of `tensor`, both 1-D. Payload: the tensor."""
         assert self.size > 1
         with self._issue("reduce_scatter", site, phase) as call:
-            holders = _holders(part, tensor)
-            work = torch_private.reduce_scatter_into(part, tensor, group=self.group, async_op=True)
-        return Pending(part, (work,), tensor, holders, call)
+            wired = _wired(part, tensor)
+            work = torch_private.reduce_scatter_into(*wired, group=self.group, async_op=True)
+        return Pending(part, (work,), wired, call)
 
     def all_to_all(self, tensor: torch.Tensor, *, site: str, phase: str | None = None) -> Pending:
         """Send part i of dim 0, [size, ...], to rank i; receive what rank i sent as part i. Payload: the tensor."""
@@ -163,9 +162,9 @@ class Axis:
             return Pending(tensor)
         with self._issue("all_to_all", site, phase) as call:
             received = torch.empty_like(tensor)
-            holders = _holders(received, tensor)
-            work = dist.all_to_all_single(received, tensor, group=self.group, async_op=True)
-        return Pending(received, (work,), tensor, holders, call)
+            wired = _wired(received, tensor)
+            work = dist.all_to_all_single(wired[0], wired[1], group=self.group, async_op=True)
+        return Pending(received, (work,), wired, call)
 
     def shift(
         self,
@@ -187,20 +186,20 @@ class Axis:
             return Pending(tensor)
         with self._issue("shift", site, phase, (send_to, receive_from)) as call:
             received = torch.empty_like(tensor) if into is None else into
-            holders = _holders(received, tensor)
-            pair = (dist.irecv, received, receive_from), (dist.isend, tensor, send_to)
-            operations = [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t, peer in pair]
+            wired = _wired(received, tensor)
+            ends = (dist.irecv, wired[0], receive_from), (dist.isend, wired[1], send_to)
+            operations = [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t, peer in ends]
             works = dist.batch_isend_irecv(operations)
-        return Pending(received, tuple(works), tensor, holders, call)
+        return Pending(received, tuple(works), wired, call)
 
     def broadcast(self, tensor: torch.Tensor, *, site: str, source: int = 0, phase: str | None = None) -> Pending:
         """Copy `tensor` of the rank with coordinate `source` to all, in place. Payload: the tensor."""
         if self.size == 1:
             return Pending(tensor)
-        holders = _holders(tensor)
+        wired = _wired(tensor)
         with self._issue("broadcast", site, phase) as call:
-            work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
-        return Pending(tensor, (work,), num_references=holders, call=call)
+            work = dist.broadcast(wired[0], group=self.group, group_src=source, async_op=True)
+        return Pending(tensor, (work,), wired, call)
 
     @contextmanager
     def _issue(self, operation: str, site: str, phase: str | None, peers: tuple[int, ...] = ()) -> Iterator[Call]:

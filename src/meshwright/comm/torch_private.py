@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -157,9 +158,13 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
 
 
-def num_references(tensor: torch.Tensor) -> int:
-    """How many hold this tensor, in Python and in C++."""
-    return int(tensor._use_count())  # type: ignore[attr-defined]
+def num_references(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold this tensor in C++, and in Python.
+
+    A thread of C++ that lets go first counts down the one; then it may have to wait for the interpreter's lock, with a
+    reference of Python's in its hands, which keeps the tensor.
+    """
+    return int(tensor._use_count()), sys.getrefcount(tensor)  # type: ignore[attr-defined]
 
 
 @contextmanager
