@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ from meshwright.comm.ranks import Ranks
 from meshwright.config.tree import Job, Layout, Model, Training
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
-from meshwright.verify.agreement import check, differences_of
+from meshwright.verify.agreement import _beside_scratch, check, differences_of
 from meshwright.verify.matrix import (
     STATE_LAYOUTS,
     AnyCase,
@@ -67,6 +67,23 @@ def _assert_agrees(case: AnyCase, ranks: Callable[[int], Ranks], *, thorough: bo
     assert not agreement.differences, agreement.differences[:3]
     assert agreement.witnessed, (agreement.profiler_peaks, agreement.run_peaks)
     assert agreement.agrees
+
+
+def test_the_witness_leaves_out_what_an_operator_takes_for_itself() -> None:
+    """And nothing else: neither what outlives the operator, nor what other operators or threads take meanwhile."""
+
+    def events(*taken_or_given: tuple[int, int, int, int]) -> list[dict[str, Any]]:
+        operators = [("aten::mm", 0, 10), ("aten::mm", 20, 10), ("aten::exp", 40, 10)]
+        return [{"name": name, "tid": 1, "ts": ts, "dur": dur} for name, ts, dur in operators] + [
+            {"name": "[memory]", "tid": thread, "ts": ts, "args": {"Addr": address, "Bytes": amount}}
+            for ts, thread, address, amount in taken_or_given
+        ]
+
+    scratch = [(2, 1, 7, 64), (4, 1, 7, -64), (22, 1, 7, 32), (24, 1, 7, -32)]
+    output = [(3, 1, 8, 16), (26, 1, 8, -16)]
+    elsewhere = [(5, 2, 9, 128), (6, 2, 9, -128), (12, 1, 7, 64), (15, 1, 7, -64), (42, 1, 7, 8), (44, 1, 7, -8)]
+    kept = sorted(output + elsewhere)
+    assert [event["ts"] for event in _beside_scratch(events(*scratch, *kept))] == [ts for ts, *_ in kept]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

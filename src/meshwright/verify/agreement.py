@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from meshwright.config.tree import Job
 from meshwright.planner.step import formula
 from meshwright.rehearsal.rehearse import rehearse_job
 from meshwright.training.step import Batch, State, audited_step, step
-from meshwright.verify.matrix import AnyCase, AttentionCase, HalfCase, OverlapCase, StateCase
+from meshwright.verify.matrix import AnyCase
 from meshwright.verify.observe import own_batch, own_device
 
 PROFILED_STEPS = 3
@@ -78,7 +80,7 @@ def check(case: AnyCase, ranks: Ranks, *, thorough: bool = True) -> Agreement:
     job = case.job
     if ranks.on_gpus:
         job, thorough = replace(job, training=replace(job.training, device="cuda")), False
-    runs, witnessed = zip(*ranks.run(run_case, job, thorough and _can_be_witnessed(case)), strict=True)
+    runs, witnessed = zip(*ranks.run(run_case, job, thorough), strict=True)
     differences = []
     for rank, run in enumerate(runs):
         planned = formula(job, rank)
@@ -88,12 +90,6 @@ def check(case: AnyCase, ranks: Ranks, *, thorough: bool = True) -> Agreement:
             differences += [(rank, "formula, rehearsal", d) for d in differences_of(planned, rehearsed)]
     peaks = tuple(run.footprint.peak for run in runs)
     return Agreement(case, len(planned.ledger.rows), planned.footprint.peak, tuple(differences), witnessed, peaks)
-
-
-def _can_be_witnessed(case: AnyCase) -> bool:
-    """Not where products of the later matrices are in bf16: oneDNN's reordered copies of operands, which the profiler
-    alone sees, are not small beside models of three layers, or beside activations that are split."""
-    return case.precision == "float32" or not isinstance(case, StateCase | OverlapCase | HalfCase | AttentionCase)
 
 
 def differences_of(a: StepAccount, b: StepAccount) -> Iterator[Difference]:
@@ -119,7 +115,8 @@ def run_case(job: Job, profiled: bool) -> tuple[StepAccount, int | None]:
 
 def profiled_peak(state: State, batch: Batch, world: World) -> int:
     """Peak bytes of one step by torch.profiler's memory events, on top of what is there before it."""
-    before = sum(t.untyped_storage().nbytes() for t in (*batch, *_persistent(state)) if t is not None)
+    storages = (tensor.untyped_storage() for tensor in (*batch, *_persistent(state)) if tensor is not None)
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
     lean = mock.patch.multiple(torch_private, all_gather_into=_gather_in_place, reduce_scatter_into=_scatter_in_place)
     lean_too = mock.patch.object(torch_private.fsdp_collectives, "foreach_reduce_scatter_copy_in", _copy_in)
     observed = scope.observe(_Onlooker())
@@ -129,12 +126,48 @@ def profiled_peak(state: State, batch: Batch, world: World) -> int:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
-    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    level = peak = 0
-    for event in memory:
-        level += event["args"]["Bytes"]
+    level = peak = sum(held.values())
+    for event in _beside_scratch(events):
+        address, amount = event["args"]["Addr"], event["args"]["Bytes"]
+        if amount > 0:
+            held[address] = amount
+        elif held.pop(address, None) is None:
+            continue  # a buffer of the step before, which gloo's thread let go of late
+        level += amount
         peak = max(peak, level)
-    return before + peak
+    return peak
+
+
+WITH_SCRATCH = {
+    f"aten::{name}{in_place}"
+    for name in ("mm", "addmm", "bmm", "baddbmm", "add", "sub", "mul", "div")
+    for in_place in ("", "_")
+}
+"""Operators that take memory for themselves on a CPU. Of bf16 matrices oneDNN makes reordered copies, on some
+processors; operands of two precisions are first brought to one. Neither is a tensor, nor small beside tiny models."""
+
+
+def _beside_scratch(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Allocations and frees in order of time, but for what an operator `WITH_SCRATCH` takes and gives back itself."""
+    events = sorted((e for e in events if "ts" in e), key=lambda e: e["ts"])
+    memory = [event for event in events if event["name"] == "[memory]"]
+    operators: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event["name"] in WITH_SCRATCH:
+            operators[event["tid"]].append(event)
+    taken: dict[tuple[float, int], int] = {}
+    scratch: set[int] = set()
+    for i, event in enumerate(memory):
+        before = operators[event["tid"]]
+        last = bisect_right(before, event["ts"], key=lambda operator: operator["ts"]) - 1
+        if last < 0 or event["ts"] > before[last]["ts"] + before[last]["dur"]:
+            continue
+        place = before[last]["ts"], event["args"]["Addr"]
+        if event["args"]["Bytes"] > 0:
+            taken[place] = i
+        elif place in taken:
+            scratch |= {taken.pop(place), i}
+    return [event for i, event in enumerate(memory) if i not in scratch]
 
 
 def _gather_in_place(gathered: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> dist.Work:
