@@ -67,7 +67,7 @@ def numerics(out: Path) -> str:
 
 
 def flex(out: Path) -> str:
-    """FlexAttention behind our operators: until these pass, nobody trains with it (`training.device`)."""
+    """FlexAttention behind our operators."""
     return _tested("tests/kernels/test_flex.py")
 
 
