@@ -1,6 +1,7 @@
 """Every shipped configuration of the flash kernels compiles for the GPUs that it is for; none is needed here."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,21 +11,25 @@ from meshwright.bench.flash_compile import SHARED_BYTES, Compiled, compile_all, 
 
 pytest.importorskip("triton", reason="compiles with Triton")
 
-ONE = "dq bfloat16 16 triton, pointers"
+SOME = ("delta bfloat16 16", "dq bfloat16 16 causal triton, pointers, 4 × 3")
 
 
 def assert_accepted(compiled):
     assert not [str(one) for one in compiled if one.refused]
     for one in compiled:
+        kernel, dtype, *rest = one.label.split()
         assert 0 < one.registers <= 255
-        assert 0 < one.shared_bytes <= SHARED_BYTES[one.capability]
-        assert one.instruction == ({80: "mma", 90: "wgmma"}[one.capability] if one.halves else "none")
+        assert (kernel != "delta") <= one.shared_bytes <= SHARED_BYTES[one.capability]
+        assert one.halves == (kernel != "delta" and dtype != "float32")
+        if one.halves:
+            assert one.instruction == {80: "mma", 90: "wgmma"}[one.capability]
+        else:
+            assert (one.instruction != "none") == ("tf32" in rest), "of float32 the tensor cores keep 10 bits"
 
 
 def test_flash_one_configuration_compiles():
-    compiled = list(compile_all((ONE,)))
-    assert {one.capability for one in compiled} == set(SHARED_BYTES)
-    assert all(one.halves for one in compiled)
+    compiled = list(compile_all(SOME))
+    assert [(one.capability, one.label.split()[0]) for one in compiled] == [*product(SHARED_BYTES, ("delta", "dq"))]
     assert_accepted(compiled)
 
 
