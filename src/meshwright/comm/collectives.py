@@ -39,6 +39,8 @@ class Pending:
     """None where nothing was put on the wire."""
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
     """From the wire's format to the result."""
+    num_holders: int | None = None
+    """Tensors of the filled storage before the backend had it; None where others may make some meanwhile."""
 
     def wait(self) -> torch.Tensor:
         """Block until the result is there (on CUDA: make the current stream wait), and return it.
@@ -68,10 +70,13 @@ class Pending:
 
         Else that thread might be the last holder and free a storage, unseen by whoever follows memory on this one.
         """
-        alone = [torch_private.num_references(alias) for alias in _wired(*self.wired)]
         deadline = time.monotonic() + limit_seconds
+        alone = [torch_private.num_references(alias) for alias in _wired(*self.wired)]
         while [torch_private.num_references(alias) for alias in self.wired] != alone and time.monotonic() < deadline:
             time.sleep(0)
+        if self.num_holders is not None:  # of views, it gives back the alias first and then the storage
+            while torch_private.num_holders(self.tensor) > self.num_holders and time.monotonic() < deadline:
+                time.sleep(0)
 
 
 def _wired(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -108,8 +113,9 @@ class Axis:
             part = tensor.contiguous()
             gathered = part.new_empty(self.size * part.shape[0], *part.shape[1:])
             wired = _wired(gathered, part)
+            num_holders = torch_private.num_holders(gathered)
             work = torch_private.all_gather_into(*wired, group=self.group, async_op=True)
-        pending = Pending(gathered, (work,), wired, call)
+        pending = Pending(gathered, (work,), wired, call, num_holders=num_holders)
         return pending.then(lambda parts: _side_by_side(parts, self.size, dim)) if dim else pending
 
     def reduce_scatter(self, tensor: torch.Tensor, *, site: str, dim: int = 0, phase: str | None = None) -> Pending:

@@ -40,6 +40,7 @@ __all__ = [
     "inductor_compiled",
     "inherited_timeout",
     "is_traceable_wrapper_subclass",
+    "num_holders",
     "num_references",
     "reduce_scatter_into",
     "settle_fully_sharded",
@@ -165,6 +166,11 @@ def num_references(tensor: torch.Tensor) -> tuple[int, int]:
     reference of Python's in its hands, which keeps the tensor.
     """
     return int(tensor._use_count()), sys.getrefcount(tensor)  # type: ignore[attr-defined]
+
+
+def num_holders(tensor: torch.Tensor) -> int:
+    """How many tensors hold this one's storage, and one more."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 @contextmanager
