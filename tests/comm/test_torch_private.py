@@ -50,6 +50,21 @@ def test_groups_can_be_read_from_operators() -> None:
         assert torch_private.group_named(seen[0].group_name) is dist.group.WORLD
 
 
+def test_holders_of_a_tensor_and_of_its_storage_are_counted_real_and_fake() -> None:
+    for mode in (torch_private.FakeTensorMode(), torch.no_grad()):
+        with mode:
+            tensor = torch.zeros(4)
+            alone, holders = torch_private.num_references(tensor), torch_private.num_holders(tensor)
+            same = [tensor]
+            assert torch_private.num_references(tensor) == (alone[0], alone[1] + 1)
+            same.clear()
+            view = tensor[1:]
+            assert torch_private.num_references(tensor)[0] > alone[0]
+            assert torch_private.num_holders(tensor) == holders + 1
+            del view
+            assert (torch_private.num_references(tensor), torch_private.num_holders(tensor)) == (alone, holders)
+
+
 def test_storages_live_as_long_as_their_last_tensor_real_and_fake() -> None:
     for mode in (torch_private.FakeTensorMode(), torch.no_grad()):
         with mode:
